@@ -1,0 +1,128 @@
+"""Cutting: every axis keeps the positions whose unit survives; operators that hold sizes get them corrected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxprune.labels.flow import RESIZES, Vector, operator_name
+from onnxprune.model import constant
+from onnxprune.plan import Plan, Removal
+from onnxprune.shapes import add_initializer
+from onnxprune.units import Units
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A cut in progress: what `resize` functions may ask and change. `alive` says which components survive."""
+
+    units: Units
+    model: ir.Model
+    alive: NDArray[np.bool_]
+    originals: dict[str, ir.Value]
+
+    def axes(self, value: ir.Value | None) -> tuple[Vector, ...]:
+        """The components along each axis of a value."""
+        return self.units.solution.axes(self.originals[value.name or ""]) if value is not None else ()
+
+    def is_kept(self, vector: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which positions of an axis survive."""
+        return self.alive[vector]
+
+    def kept_before(self, vector: NDArray[np.int64], position: int) -> int:
+        """How many positions survive before `position`."""
+        return int(self.alive[vector[:position]].sum())
+
+    def size_before(self, value: ir.Value | None, axis: int) -> int:
+        """The size of an axis before the cut."""
+        vector = self.axes(value)[axis]
+        if vector is not None:
+            return len(vector)
+        assert value is not None
+        return (self.units.solution.shapes(self.originals[value.name or ""]) or ())[axis] or 0
+
+    def size(self, value: ir.Value | None, axis: int, default: int | None = None) -> int:
+        """The size of an axis after the cut; `default` for an axis that can't be cut."""
+        axes = self.axes(value)
+        vector = axes[axis] if axis < len(axes) else None
+        if vector is not None:
+            return int(self.alive[vector].sum())
+        return self.size_before(value, axis) if default is None else default
+
+    def ints(self, node: ir.Node, index: int) -> list[int] | None:
+        """The integers in a constant input; None when it is absent or computed."""
+        array = constant(node.inputs[index]) if index < len(node.inputs) else None
+        return None if array is None else [int(x) for x in np.ravel(array)]
+
+    def set_ints(self, node: ir.Node, index: int, values: list[int]) -> None:
+        """Replaces a constant integer input."""
+        if self.ints(node, index) == values:
+            return
+        while len(node.inputs) <= index:
+            node.resize_inputs(index + 1)
+        old = node.inputs[index]
+        dtype = old.dtype.numpy() if old is not None and old.dtype is not None else np.int64
+        array = np.array(values, dtype)
+        node.replace_input_with(index, add_initializer(self.model, f"{node.name}.sizes", array))
+        if old is not None and not old.uses():
+            self.model.graph.initializers.pop(old.name or "", None)
+
+
+def cut(units: Units, alive: NDArray[np.bool_]) -> tuple[ir.Model, Plan]:
+    """Removes every component that isn't `alive` from a copy of the model.
+
+    Returns the smaller model and the plan of what went: names in it are values of the model that was analysed.
+    """
+    solution = units.solution
+    alive = alive | solution.locked
+    model = units.model.clone()
+    originals = {value.name or "": value for value in solution.flow.axes}
+    for value in _values(units.model):
+        originals.setdefault(value.name or "", value)
+    state = Cut(units, model, alive, originals)
+    for node in list(model.graph):
+        if (function := RESIZES.get(operator_name(node))) is not None:
+            function(state, node)
+    for value in model.graph.initializers.values():
+        if value.name in originals and value.const_value is not None:
+            _take(value, solution.axes(originals[value.name]), alive)
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None if value.shape is not None and not value.is_graph_output() else value.shape
+    return model, _plan(units, alive)
+
+
+def _take(value: ir.Value, axes: tuple[Vector, ...], alive: NDArray[np.bool_]) -> None:
+    if value.const_value is None or all(vector is None or alive[vector].all() for vector in axes):
+        return
+    array = value.const_value.numpy()
+    for axis, vector in enumerate(axes):
+        if vector is not None and not alive[vector].all():
+            array = np.compress(alive[vector], array, axis=axis)
+    value.const_value = ir.tensor(np.ascontiguousarray(array), dtype=value.const_value.dtype, name=value.name)
+    value.shape = ir.Shape(array.shape)
+
+
+def _values(model: ir.Model) -> list[ir.Value]:
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph:
+        values += [value for value in (*node.inputs, *node.outputs) if value is not None]
+    return values
+
+
+def _plan(units: Units, alive: NDArray[np.bool_]) -> Plan:
+    tensors: dict[str, tuple[Removal, ...]] = {}
+    for node in units.model.graph:
+        for value in node.outputs:
+            removals = []
+            for axis, vector in enumerate(units.solution.axes(value)):
+                if vector is not None and not alive[vector].all():
+                    removals.append(Removal(axis, len(vector), tuple(np.flatnonzero(~alive[vector]).tolist())))
+            if removals:
+                tensors[value.name or ""] = tuple(removals)
+    removed = set(np.flatnonzero(~alive).tolist())
+    inexact = {node for unit, nodes in units.solution.inexact_nodes.items() if unit in removed for node in nodes}
+    return Plan(tensors, (), tuple(sorted(inexact)))

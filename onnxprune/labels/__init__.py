@@ -1,0 +1,20 @@
+"""Channel labels: which positions along which axes of which tensors must live and die together."""
+
+from onnxprune.labels import convolution, linear, normalization, pointwise, recurrent, reshaping, selection
+from onnxprune.labels.flow import Flow, Lock, Vector
+from onnxprune.labels.solve import Solution, analyse
+
+__all__ = [
+    "Flow",
+    "Lock",
+    "Solution",
+    "Vector",
+    "analyse",
+    "convolution",
+    "linear",
+    "normalization",
+    "pointwise",
+    "recurrent",
+    "reshaping",
+    "selection",
+]

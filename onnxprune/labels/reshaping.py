@@ -1,0 +1,182 @@
+"""Operators that rearrange axes without choosing among positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune.labels.flow import Flow, Vector, integer, integers, resize, rule
+
+Block = tuple[list[int], list[int]]  # axes before and axes after that hold the same elements
+Pair = tuple[int, int]
+
+
+@rule("Transpose")
+def transpose(flow: Flow, node: ir.Node) -> None:
+    """`x[a,b,...] -> y[perm]`."""
+    x = flow.of(node.inputs[0])
+    order = integers(node, "perm") or list(range(len(x)))[::-1]
+    flow.give(node.outputs[0], [x[axis] for axis in order] if x else [])
+
+
+@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+def reshape(flow: Flow, node: ir.Node) -> None:
+    """`x -> y` with the same elements in the same order: axes are matched up in blocks that hold the same elements."""
+    x, before, after = flow.of(node.inputs[0]), flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
+    pairs = blocks(flow.shapes.pairs(node.inputs[0]), flow.shapes.pairs(node.outputs[0])) if before and after else None
+    if pairs is None or before is None or after is None:
+        return flow.lock_all(x, "the target of this reshape can't be followed")
+    result: list[Vector] = [None] * len(after)
+    fixed = node.op_type != "Reshape" or flow.ints(node, 1) is not None
+    for sources, targets in pairs:
+        vectors = [x[axis] for axis in sources]
+        if all(vector is None for vector in vectors):
+            continue
+        sizes, new = [before[axis] for axis in sources], [after[axis] for axis in targets]
+        if not fixed or not all(sizes) or not all(new):
+            flow.lock_all(vectors, "it is reshaped together with a dynamic dimension")
+            continue
+        flat = merge(flow, vectors, [size or 1 for size in sizes])
+        for axis, vector in zip(targets, split(flow, flat, [size or 1 for size in new]), strict=True):
+            result[axis] = vector
+    flow.give(node.outputs[0], result)
+
+
+def blocks(before: Sequence[Pair], after: Sequence[Pair]) -> list[Block] | None:
+    """Matches the axes of a reshape in the smallest blocks that hold the same elements.
+
+    A size is a pair, its value in either walk, so that dynamic dimensions are matched like any other. None when the
+    sizes don't multiply to the same.
+    """
+    found: list[Block] = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        rows, columns = list(range(i, min(i + 1, len(before)))), list(range(j, min(j + 1, len(after))))
+        left, right = _product(before, rows), _product(after, columns)
+        while left != right:
+            if left < right and rows[-1:] < [len(before) - 1]:
+                rows.append(rows[-1] + 1 if rows else i)
+            elif right < left and columns[-1:] < [len(after) - 1]:
+                columns.append(columns[-1] + 1 if columns else j)
+            else:
+                return None
+            left, right = _product(before, rows), _product(after, columns)
+        found.append((rows, columns))
+        i, j = i + len(rows), j + len(columns)
+    return found
+
+
+def _product(sizes: Sequence[Pair], axes: list[int]) -> Pair:
+    return math.prod(sizes[axis][0] for axis in axes), math.prod(sizes[axis][1] for axis in axes)
+
+
+def merge(flow: Flow, vectors: Sequence[Vector], sizes: Sequence[int]) -> Vector:
+    """The labels of one axis that holds these axes row by row."""
+    tracked = [axis for axis, vector in enumerate(vectors) if vector is not None]
+    if not tracked:
+        return None
+    inner = vectors[tracked[0]]
+    if len(tracked) > 1:
+        inner = flow.fresh(math.prod(sizes[axis] for axis in tracked))
+        flow.rectangle(inner, [vectors[axis] for axis in tracked], [sizes[axis] for axis in tracked])
+    assert inner is not None
+    shape = [size if axis in tracked else 1 for axis, size in enumerate(sizes)]
+    return np.broadcast_to(inner.reshape(shape), sizes).ravel()
+
+
+def split(flow: Flow, flat: Vector, sizes: Sequence[int]) -> list[Vector]:
+    """The labels of the axes into which one axis is split, row by row."""
+    if flat is None:
+        return [None] * len(sizes)
+    grid = flat.reshape(tuple(sizes))
+    varying = [axis for axis in range(len(sizes)) if not (grid == grid.take([0], axis)).all()]
+    result: list[Vector] = [None] * len(sizes)
+    if len(varying) == 1:
+        result[varying[0]] = np.moveaxis(grid, varying[0], 0).reshape(sizes[varying[0]], -1)[:, 0]
+    elif varying:
+        base = grid[tuple(slice(None) if axis in varying else 0 for axis in range(len(sizes)))].ravel()
+        for axis in varying:
+            result[axis] = flow.fresh(sizes[axis])
+        flow.rectangle(base, [result[axis] for axis in varying], [sizes[axis] for axis in varying])
+    else:
+        flow.lock(flat, "all of it is one unit")
+    return result
+
+
+@resize("Reshape")
+def resize_target(cut, node: ir.Node) -> None:  # type: ignore[no-untyped-def]
+    """The target names sizes; 0 and -1 stay."""
+    target = cut.ints(node, 1)
+    if target is not None:
+        new = [d if d in (0, -1) else cut.size(node.outputs[0], axis, d) for axis, d in enumerate(target)]
+        cut.set_ints(node, 1, new)
+
+
+@rule("Expand")
+def expand(flow: Flow, node: ir.Node) -> None:
+    """`x, shape -> y`: axes of size one are repeated, the others keep their labels."""
+    x, before, after = flow.of(node.inputs[0]), flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
+    if before is None or after is None:
+        return flow.lock_all(x, "the target of this Expand can't be followed")
+    lead = len(after) - len(before)
+    target = flow.ints(node, 1)
+    result: list[Vector] = [None] * lead + list(x)
+    for axis in range(lead, len(after)):
+        named = target is None and not _is_one(flow, node, axis)
+        if named and result[axis] is not None:
+            flow.lock(result[axis], "the target of this Expand names its size and is computed")
+            result[axis] = None
+    flow.give(node.outputs[0], result)
+
+
+def _is_one(flow: Flow, node: ir.Node, axis: int) -> bool:
+    """Whether a computed Expand target holds 1 at `axis`, so that no channel count stands in it."""
+    value = node.inputs[1]
+    held = flow.shapes.contents(value) if value is not None else None
+    if held is None:
+        return False
+    return len(held[0]) > axis and bool(held[0][axis] == held[1][axis] == 1)
+
+
+@resize("Expand")
+def resize_expand(cut, node: ir.Node) -> None:  # type: ignore[no-untyped-def]
+    """A constant target names sizes."""
+    target = cut.ints(node, 1)
+    if target is not None:
+        lead = len(cut.axes(node.outputs[0])) - len(target)
+        cut.set_ints(node, 1, [cut.size(node.outputs[0], axis + lead, d) if d != 1 else 1 for axis, d in enumerate(target)])
+
+
+@rule("Tile")
+def tile(flow: Flow, node: ir.Node) -> None:
+    """`x, repeats -> y`: each axis is repeated as a whole."""
+    x, repeats = flow.of(node.inputs[0]), flow.ints(node, 1)
+    if repeats is None:
+        return flow.lock_all(x, "it is repeated a computed number of times")
+    flow.give(node.outputs[0], [v if v is None else np.tile(v, n) for v, n in zip(x, repeats, strict=True)])
+
+
+@rule("DepthToSpace")
+def depth_to_space(flow: Flow, node: ir.Node) -> None:
+    """`x[b,(r s c),h,w] -> y[b,c,(h r),(w s)]` (DCR), or `(c r s)` (CRD): only c can be cut."""
+    x, shape, block = flow.of(node.inputs[0]), flow.shape(node.inputs[0]), integer(node, "blocksize", 1)
+    if len(x) != 4 or x[1] is None or shape is None:
+        return flow.lock_all(x, "the shape of this DepthToSpace is unknown")
+    flow.lock_all(x[2:], "a spatial axis")
+    crd = "mode" in node.attributes and node.attributes["mode"].as_string() == "CRD"
+    channels = flow.fresh(len(x[1]) // block**2)
+    if channels is None:
+        return flow.lock(x[1], "it becomes one channel")
+    flow.tie(x[1], np.repeat(channels, block**2) if crd else np.tile(channels, block**2))
+    flow.give(node.outputs[0], (None, channels, None, None))
+
+
+@rule("SpaceToDepth")
+def space_to_depth(flow: Flow, node: ir.Node) -> None:
+    """`x[b,c,(h r),(w s)] -> y[b,(r s c),h,w]`."""
+    x, block = flow.of(node.inputs[0]), integer(node, "blocksize", 1)
+    flow.lock_all(x[2:], "a spatial axis")
+    flow.give(node.outputs[0], (None, None if x[1] is None else np.tile(x[1], block**2), None, None))

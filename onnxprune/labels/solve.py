@@ -1,0 +1,179 @@
+"""From ties to components: the units that can be removed, the locks, and which axis of each rectangle is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from onnxprune.labels.flow import RULES, Flow, Lock, Rectangle, Vector, operator_name
+from onnxprune.shapes import Shapes, infer_shapes
+
+Granularity = Literal["rows", "columns", "auto"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the analysis found. Arrays are indexed by label (`component`) or by component."""
+
+    flow: Flow
+    component: NDArray[np.int64]
+    locked: NDArray[np.bool_]
+    inexact_nodes: dict[int, set[str]]
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes of every value of the analysed model."""
+        return self.flow.shapes
+
+    def axes(self, value: ir.Value) -> tuple[Vector, ...]:
+        """The components at every position of each axis of a value; None for an axis that can't be cut."""
+        return tuple(v if v is None else self.component[v] for v in self.flow.axes.get(value, ()))
+
+    def lock_reasons(self) -> dict[int, Lock]:
+        """The first lock of every locked component."""
+        reasons: dict[int, Lock] = {}
+        for lock in self.flow.locks:
+            for component in np.unique(self.component[lock.labels]):
+                reasons.setdefault(int(component), lock)
+        return reasons
+
+
+def analyse(model: ir.Model, granularity: Granularity = "auto", shapes: Shapes | None = None) -> Solution:
+    """Finds which positions of which tensors of a normalised model live and die together.
+
+    `granularity` says along which axis tensors with two axes of channels are cut: "rows" (whole heads, whole groups),
+    "columns" (the same entry of every head or group), or "auto": heads by rows, groups by columns.
+    """
+    flow = Flow(model, shapes or infer_shapes(model))
+    for node in model.graph:
+        flow.node = node
+        _apply_rule(flow, node)
+    flow.node = None
+    for value in model.graph.outputs:
+        for vector in flow.of(value):
+            flow.lock(vector, "it is an output of the model", value)
+    return _solve(flow, granularity)
+
+
+def _apply_rule(flow: Flow, node: ir.Node) -> None:
+    known = RULES.get(operator_name(node))
+    if known is not None and not any(True for _ in _captured(node)):
+        known(flow, node)
+        return
+    reason = "no rule for this operator" if known is None else "a subgraph uses it"
+    for value in (*node.inputs, *_captured(node)):
+        if value is not None:
+            for vector in flow.of(value):
+                flow.lock(vector, f"{reason} ({operator_name(node)})", value)
+
+
+def _captured(node: ir.Node) -> list[ir.Value]:
+    """Values from outside that the subgraphs of a node (If, Loop, Scan) use."""
+    found = []
+    for attribute in node.attributes.values():
+        graphs = (
+            [attribute.as_graph()]
+            if attribute.type == ir.AttributeType.GRAPH
+            else list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
+        )
+        for graph in graphs:
+            for inner in graph.all_nodes():
+                found += [value for value in inner.inputs if value is not None]
+            found += list(graph.outputs)
+    return found
+
+
+def _solve(flow: Flow, granularity: Granularity) -> Solution:
+    pending = list(flow.rectangles)
+    while True:
+        component = _components(flow)
+        locked = _locked(flow, component)
+        if not pending:
+            break
+        # Rectangles that share no component don't influence each other: settle one of every family at a time.
+        settled, rest, touched = [], [], np.zeros(len(locked), bool)
+        for rectangle in pending:
+            members = np.unique(component[np.concatenate([rectangle.flat, *[a for a in rectangle.axes if a is not None]])])
+            (rest if touched[members].any() else settled).append(rectangle)
+            touched[members] = True
+        for rectangle in settled:
+            _settle(flow, rectangle, component, locked, granularity)
+        pending = rest
+    inexact: dict[int, set[str]] = {}
+    for labels, node in flow.inexact_labels:
+        for item in np.unique(component[labels]):
+            inexact.setdefault(int(item), set()).add(node)
+    return Solution(flow, component, locked, inexact)
+
+
+def _components(flow: Flow) -> NDArray[np.int64]:
+    if not flow.ties:
+        return np.arange(flow.count, dtype=np.int64)
+    a = np.concatenate([pair[0] for pair in flow.ties])
+    b = np.concatenate([pair[1] for pair in flow.ties])
+    graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(flow.count, flow.count))
+    return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
+
+
+def _locked(flow: Flow, component: NDArray[np.int64]) -> NDArray[np.bool_]:
+    locked = np.zeros(int(component.max(initial=-1)) + 1, bool)
+    for lock in flow.locks:
+        locked[component[lock.labels]] = True
+    return locked
+
+
+def _settle(
+    flow: Flow, rectangle: Rectangle, component: NDArray[np.int64], locked: NDArray[np.bool_], granularity: Granularity
+) -> None:
+    """Chooses the axis along which a rectangle is cut, ties its slices, and locks its other axes."""
+    grid = rectangle.flat.reshape(rectangle.sizes)
+    axes = range(len(rectangle.sizes))
+    free = {axis: _free_slices(grid, rectangle.axes[axis], axis, component, locked) for axis in axes}
+    candidates = [axis for axis in axes if free[axis]]
+    chosen = None
+    if candidates:
+        reluctant = _reluctant(flow, component)
+        chosen = max(
+            candidates,
+            key=lambda axis: (
+                {"rows": -axis, "columns": axis, "auto": 0}[granularity],
+                axis == rectangle.prefer,
+                not reluctant[component[rectangle.axes[axis]]].any(),
+                free[axis],
+            ),
+        )
+    for axis in axes:
+        vector = rectangle.axes[axis]
+        if axis == chosen and vector is not None:
+            spread = np.broadcast_to(vector.reshape([-1 if i == axis else 1 for i in axes]), rectangle.sizes)
+            flow.ties.append((spread.ravel(), rectangle.flat))
+        elif vector is not None:
+            flow.locks.append(Lock(vector, "the tensor is cut along another axis", rectangle.node, ""))
+    if chosen is None:
+        flow.locks.append(Lock(rectangle.flat, "no axis of the tensor that it is reshaped to can be cut", rectangle.node, ""))
+    elif len(rectangle.sizes) == 2:
+        kind = "row" if chosen == 0 else "column"
+        flow.kinds.append((rectangle.axes[chosen], kind))  # type: ignore[arg-type]
+
+
+def _free_slices(
+    grid: NDArray[np.int64], vector: Vector, axis: int, component: NDArray[np.int64], locked: NDArray[np.bool_]
+) -> int:
+    """How many slices along an axis hold nothing locked."""
+    if vector is None:
+        return 0
+    others = tuple(i for i in range(grid.ndim) if i != axis)
+    return int((~locked[component[grid]].any(axis=others) & ~locked[component[vector]]).sum())
+
+
+def _reluctant(flow: Flow, component: NDArray[np.int64]) -> NDArray[np.bool_]:
+    marked = np.zeros(int(component.max(initial=-1)) + 1, bool)
+    for vector in flow.reluctant:
+        marked[component[vector]] = True
+    return marked

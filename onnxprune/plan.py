@@ -1,0 +1,89 @@
+"""plan.json: what was removed, in names of the baseline model, enough to repeat the cut or to check it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxprune.errors import UsageError
+
+FORMAT = "onnxprune-plan/1"
+
+
+@dataclass(frozen=True)
+class Removal:
+    """The positions `removed` (sorted) from one `axis` of a tensor that had `size` there."""
+
+    axis: int
+    size: int
+    removed: tuple[int, ...]
+
+    def kept(self) -> list[int]:
+        """The positions that stay."""
+        return np.setdiff1d(np.arange(self.size), self.removed).tolist()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a cut removes: positions of activation tensors by value name, nodes, and which nodes make it inexact."""
+
+    tensors: dict[str, tuple[Removal, ...]]
+    removed_nodes: tuple[str, ...] = ()
+    inexact_nodes: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether the pruned model equals the masked baseline up to rounding."""
+        return not self.inexact_nodes
+
+    def then(self, later: Plan) -> Plan:
+        """This cut followed by one of the model that it left, as one plan for the model before both."""
+        tensors = dict(self.tensors)
+        for name, removals in later.tensors.items():
+            merged = {removal.axis: removal for removal in tensors.get(name, ())}
+            for removal in removals:
+                before = merged.get(removal.axis)
+                if before is not None:
+                    kept = before.kept()
+                    gone = sorted({*before.removed, *(kept[i] for i in removal.removed)})
+                    removal = Removal(removal.axis, before.size, tuple(gone))
+                merged[removal.axis] = removal
+            tensors[name] = tuple(merged[axis] for axis in sorted(merged))
+        inexact = tuple(sorted({*self.inexact_nodes, *later.inexact_nodes}))
+        return Plan(tensors, (*self.removed_nodes, *later.removed_nodes), inexact)
+
+    def to_json(self, model_sha256: str) -> dict[str, Any]:
+        """The plan as JSON, bound to a baseline model by its digest."""
+        return {
+            "format": FORMAT,
+            "model_sha256": model_sha256,
+            "tensors": {
+                name: [{"axis": r.axis, "size": r.size, "removed": list(r.removed)} for r in removals]
+                for name, removals in self.tensors.items()
+            },
+            "removed_nodes": list(self.removed_nodes),
+            "inexact_nodes": list(self.inexact_nodes),
+        }
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> Plan:
+        """The plan in what `to_json` made. Raises `UsageError` for anything else."""
+        if content.get("format") != FORMAT:
+            raise UsageError(f"not a plan of format {FORMAT}: {content.get('format')!r}")
+        tensors = {
+            name: tuple(Removal(r["axis"], r["size"], tuple(r["removed"])) for r in removals)
+            for name, removals in content["tensors"].items()
+        }
+        return Plan(tensors, tuple(content["removed_nodes"]), tuple(content["inexact_nodes"]))
+
+
+def load_plan(path: Path) -> Plan:
+    """Reads plan.json. Raises `UsageError` when it isn't one."""
+    try:
+        return Plan.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: can't be read as a plan: {error}") from error

@@ -1,0 +1,317 @@
+"""Shapes of every value, found by walking the graph twice with two concrete sizes for each dynamic dimension.
+
+Symbolic shape inference gives up on most transformers with a dynamic batch. Concrete inference doesn't: with the sizes
+of the inputs given, every Shape, Gather and Concat that computes a Reshape target is a constant. What agrees between
+the two walks is fixed; what differs follows a dynamic dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx import TypeProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from onnx.shape_inference import infer_node_outputs
+
+from onnxprune.model import constant
+
+Shape = tuple[int | None, ...]
+SMALL = 4096  # elements; shape vectors and index tables are smaller, weights are not followed
+BATCH_SIZES = (2, 3)
+OTHER_SIZES = ((64, 96), (32, 48), (16, 24))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One walk: the concrete type of every value, and the contents of small constants."""
+
+    types: dict[str, TypeProto]
+    contents: dict[str, NDArray[Any]]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The concrete shape of a value, or None when inference can't tell."""
+        tensor = self.types[name].tensor_type if name in self.types else None
+        if tensor is None or not tensor.HasField("shape"):
+            return None
+        if not all(dim.HasField("dim_value") for dim in tensor.shape.dim):
+            return None
+        return tuple(dim.dim_value for dim in tensor.shape.dim)
+
+
+def dynamic_sizes(model: ir.Model, which: int) -> dict[str, int]:
+    """The concrete size given to each dynamic dimension of the inputs in walk `which` (0 or 1)."""
+    sizes: dict[str, int] = {}
+    for value in model.graph.inputs:
+        for axis, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int) and (name := dim_name(value, axis)) not in sizes:
+                others = OTHER_SIZES[min(axis, 3) - 1] if axis else BATCH_SIZES
+                sizes[name] = others[which]
+    return sizes
+
+
+def dim_name(value: ir.Value, axis: int) -> str:
+    """A name for a dynamic dimension of an input: its own, or one made of the input's name."""
+    assert value.shape is not None
+    dim = value.shape[axis]
+    return str(getattr(dim, "value", None) or f"{value.name}.{axis}")
+
+
+def input_shape(value: ir.Value, sizes: dict[str, int]) -> tuple[int, ...]:
+    """The concrete shape of a graph input under `sizes`."""
+    shape = value.shape or ()
+    return tuple(dim if isinstance(dim, int) else sizes[dim_name(value, axis)] for axis, dim in enumerate(shape))
+
+
+def trace(model: ir.Model, which: int) -> Trace:
+    """Walks the graph with the sizes of walk `which` and infers every value's concrete shape and small contents."""
+    sizes = dynamic_sizes(model, which)
+    walk = Trace({}, {})
+    for value in model.graph.inputs:
+        if value.dtype is not None and value.shape is not None:
+            walk.types[value.name or ""] = helper.make_tensor_type_proto(int(value.dtype), input_shape(value, sizes))
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        walk.types[value.name or ""] = helper.make_tensor_type_proto(int(tensor.dtype), tuple(tensor.shape.numpy()))
+        if tensor.size <= SMALL:
+            walk.contents[value.name or ""] = tensor.numpy()
+    opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    for node in model.graph:
+        _infer(ir.to_proto(node), walk, opsets)
+    return walk
+
+
+def _infer(node: onnx.NodeProto, walk: Trace, opsets: list[onnx.OperatorSetIdProto]) -> None:
+    inputs = [name for name in node.input if name]
+    if node.op_type == "Shape" and (shape := walk.shape(inputs[0])) is not None:
+        start = next((a.i for a in node.attribute if a.name == "start"), 0)
+        end = next((a.i for a in node.attribute if a.name == "end"), len(shape))
+        outputs = [np.array(shape[start:end], np.int64)]
+    elif inputs and all(name in walk.contents for name in inputs):
+        outputs = _evaluate(node, walk, opsets)
+    else:
+        outputs = []
+    for name, array in zip(node.output, outputs, strict=False):
+        walk.types[name] = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        if array.size <= SMALL:
+            walk.contents[name] = array
+    if outputs or not all(name in walk.types for name in inputs):
+        return
+    _infer_types(node, walk, opsets)
+
+
+def _evaluate(node: onnx.NodeProto, walk: Trace, opsets: list[onnx.OperatorSetIdProto]) -> list[NDArray[Any]]:
+    try:
+        return evaluate_node(node, [walk.contents[name] if name else None for name in node.input], opsets)
+    except Exception:  # an operator the reference lacks: its shape may still be inferred
+        return []
+
+
+def evaluate_node(
+    node: onnx.NodeProto, arrays: Sequence[NDArray[Any] | None], opsets: list[onnx.OperatorSetIdProto]
+) -> list[NDArray[Any]]:
+    """The outputs of one node on constant inputs, by the ONNX reference implementation."""
+    inputs = {name: array for name, array in zip(node.input, arrays, strict=True) if array is not None}
+    infos = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in inputs.items()
+    ]
+    outputs = [helper.make_value_info(name, TypeProto()) for name in node.output]
+    model = helper.make_model(helper.make_graph([node], "constant", infos, outputs), opset_imports=opsets)
+    evaluator: Any = ReferenceEvaluator(model)
+    return [np.asarray(array) for array in evaluator.run(None, inputs)]
+
+
+def _infer_types(node: onnx.NodeProto, walk: Trace, opsets: list[onnx.OperatorSetIdProto]) -> None:
+    version = next((entry.version for entry in opsets if entry.domain == node.domain), 0)
+    inputs = [name for name in node.input if name]
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+        types = infer_node_outputs(
+            schema,
+            node,
+            {name: walk.types[name] for name in inputs},
+            {name: numpy_helper.from_array(walk.contents[name]) for name in inputs if name in walk.contents},
+            opset_imports=opsets,
+        )
+    except Exception:  # no schema or no inference: the shape stays unknown, and rules lock what they can't see
+        return
+    walk.types.update(types)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What both walks agree on: for every value its shape, None where a dimension is dynamic."""
+
+    first: Trace
+    second: Trace
+
+    def __call__(self, value: ir.Value) -> Shape | None:
+        """The shape of a value, with None for dynamic dimensions; None when even the rank is unknown."""
+        tensor = value.const_value if value.is_initializer() else None
+        if tensor is not None:
+            return tuple(tensor.shape.numpy())
+        a, b = self.first.shape(value.name or ""), self.second.shape(value.name or "")
+        if a is None or b is None or len(a) != len(b):
+            return None
+        return tuple(x if x == y else None for x, y in zip(a, b, strict=True))
+
+    def pairs(self, value: ir.Value) -> list[tuple[int, int]]:
+        """The sizes of a value's axes in either walk; of a value whose shape is known."""
+        known = self(value) or ()
+        if value.is_initializer():
+            return [(size or 0, size or 0) for size in known]
+        a, b = self.first.shape(value.name or ""), self.second.shape(value.name or "")
+        return list(zip(a or (), b or (), strict=True))
+
+    def concrete(self, value: ir.Value) -> tuple[int, ...] | None:
+        """The shape of a value with every dynamic dimension at its first concrete size."""
+        tensor = value.const_value if value.is_initializer() else None
+        return tuple(tensor.shape.numpy()) if tensor is not None else self.first.shape(value.name or "")
+
+    def contents(self, value: ir.Value) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """What a small computed value holds in either walk, or None when it isn't a constant there."""
+        a, b = (walk.contents.get(value.name or "") for walk in (self.first, self.second))
+        return None if a is None or b is None or a.shape != b.shape else (a, b)
+
+
+def infer_shapes(model: ir.Model) -> Shapes:
+    """The shapes of every value of a model."""
+    first = trace(model, 0)
+    return Shapes(first, trace(model, 1) if dynamic_sizes(model, 0) else first)
+
+
+def simplify_shape_arithmetic(model: ir.Model) -> None:
+    """Replaces computed Reshape and Expand targets by constants where only one dimension is dynamic.
+
+    What is constant in both walks becomes an initializer; Reshape targets hold -1 and 0 for dynamic dimensions;
+    Expand targets hold 1 where the input already has the size, so that they hold no channel counts.
+    """
+    shapes = infer_shapes(model)
+    rewrites: dict[str, Callable[[ir.Model, ir.Node, Shapes], None]] = {
+        "Reshape": _constant_reshape,
+        "Expand": _short_expand,
+        "ConstantOfShape": _fill_by_expand,
+    }
+    for node in list(model.graph):
+        for value in node.outputs:
+            held = shapes.contents(value)
+            if held is not None and held[0].dtype.kind in "iub" and np.array_equal(*held):
+                replacement = add_initializer(model, f"{value.name}.constant", held[0])
+                value.replace_all_uses_with(replacement, replace_graph_outputs=False)
+    for node in list(model.graph):
+        if node.domain == "" and node.op_type in rewrites:
+            rewrites[node.op_type](model, node, shapes)
+
+
+def add_initializer(model: ir.Model, name: str, array: NDArray[Any]) -> ir.Value:
+    """Adds an initializer under a name not yet taken and returns its value."""
+    graph, unique, count = model.graph, name, 0
+    while unique in graph.initializers:
+        count += 1
+        unique = f"{name}.{count}"
+    tensor = ir.tensor(np.ascontiguousarray(array), name=unique)
+    value = ir.Value(
+        name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _constant_reshape(model: ir.Model, node: ir.Node, shapes: Shapes) -> None:
+    source, out = node.inputs[0], node.outputs[0]
+    before, after = shapes(source) if source else None, shapes(out)
+    if constant(node.inputs[1]) is not None or before is None or after is None or source is None:
+        return
+    a, b = shapes.first.shape(source.name or ""), shapes.second.shape(source.name or "")
+    c, d = shapes.first.shape(out.name or ""), shapes.second.shape(out.name or "")
+    assert a and b and c is not None and d is not None
+    unknown = [axis for axis, dim in enumerate(after) if dim is None]
+    copied = [axis for axis in unknown if axis < len(a) and (a[axis], b[axis]) == (c[axis], d[axis])]
+    free = [axis for axis in unknown if axis not in copied]
+    if len(free) > 1 or 0 in after:
+        return
+    target = [dim if dim is not None else 0 if axis in copied else -1 for axis, dim in enumerate(after)]
+    if len(unknown) == 1:  # -1 says the same, and survives a change of the input's rank
+        target[unknown[0]] = -1
+    node.replace_input_with(1, add_initializer(model, f"{out.name}.target", np.array(target, np.int64)))
+    node.attributes.pop("allowzero", None)
+
+
+def _short_expand(model: ir.Model, node: ir.Node, shapes: Shapes) -> None:
+    source, out = node.inputs[0], node.outputs[0]
+    before, after = shapes(source) if source else None, shapes(out)
+    if before is None or after is None:
+        return
+    padded = (1,) * (len(after) - len(before)) + before
+    target = [1 if dim == have and dim is not None else dim for dim, have in zip(after, padded, strict=True)]
+    vector = _shape_vector(model, node, target, shapes)
+    if vector is not None:
+        node.replace_input_with(1, vector)
+
+
+def _fill_by_expand(model: ir.Model, node: ir.Node, shapes: Shapes) -> None:
+    after = shapes(node.outputs[0])
+    if after is None or 0 in after or all(dim is not None for dim in after):
+        return
+    vector = _shape_vector(model, node, [1 if dim is not None else None for dim in after], shapes)
+    if vector is None:
+        return
+    fill = node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else np.zeros(1, np.float32)
+    full = add_initializer(
+        model, f"{node.outputs[0].name}.fill", np.full([dim or 1 for dim in after], fill.reshape(-1)[0], fill.dtype)
+    )
+    replace_node(model, node, ir.node("Expand", [full, vector], name=f"{node.name}.expand"))
+
+
+def replace_node(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
+    """Puts `new` where `old` is; the output keeps its name, uses and place among the graph outputs."""
+    model.graph.insert_before(old, new)
+    name, kind, shape = old.outputs[0].name, old.outputs[0].type, old.outputs[0].shape
+    old.outputs[0].replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
+    model.graph.remove(old, safe=True)
+    new.outputs[0].name, new.outputs[0].type, new.outputs[0].shape = name, kind, shape
+
+
+def _shape_vector(model: ir.Model, node: ir.Node, dims: list[int | None], shapes: Shapes) -> ir.Value | None:
+    """A value holding `dims`, with each None read off the dynamic graph input dimension that it follows."""
+    pair = shapes.first.shape(node.outputs[0].name or ""), shapes.second.shape(node.outputs[0].name or "")
+    assert pair[0] is not None and pair[1] is not None
+    parts: list[ir.Value] = []
+    for axis, dim in enumerate(dims):
+        if dim is not None:
+            parts.append(add_initializer(model, f"{node.outputs[0].name}.dim", np.array([dim], np.int64)))
+            continue
+        source = _input_with(model, (pair[0][axis], pair[1][axis]))
+        if source is None:
+            return None
+        value, at = source
+        sized = ir.node("Shape", [value], {"start": at, "end": at + 1}, name=f"{node.name}.shape{axis}")
+        model.graph.insert_before(node, sized)
+        sized.outputs[0].name = f"{node.outputs[0].name}.shape{axis}"
+        parts.append(sized.outputs[0])
+    if all(part.is_initializer() for part in parts):
+        array = np.array([dim for dim in dims], np.int64)
+        return add_initializer(model, f"{node.outputs[0].name}.target", array)
+    joined = ir.node("Concat", parts, {"axis": 0}, name=f"{node.name}.target")
+    model.graph.insert_before(node, joined)
+    joined.outputs[0].name = f"{node.outputs[0].name}.target"
+    return joined.outputs[0]
+
+
+def _input_with(model: ir.Model, sizes: tuple[int, int]) -> tuple[ir.Value, int] | None:
+    first, second = dynamic_sizes(model, 0), dynamic_sizes(model, 1)
+    for value in model.graph.inputs:
+        for axis, dim in enumerate(value.shape or ()):
+            if not isinstance(dim, int):
+                name = dim_name(value, axis)
+                if (first[name], second[name]) == sizes:
+                    return value, axis
+    return None

@@ -1,0 +1,125 @@
+"""Prunable units and their groups: what the solver's components mean for a person, a score and a cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxprune.labels import Solution
+from onnxprune.model import constant
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that are interchangeable: they lie along the same axes of the same tensors."""
+
+    name: str
+    units: NDArray[np.int64]
+    kind: str
+    exact: bool
+    members: tuple[str, ...]
+    aligned: bool  # feeds or leaves a convolution, where runtimes like round widths
+
+
+@dataclass(frozen=True)
+class Units:
+    """The prunable units of a model. A unit is a component of labels; `groups` hold the prunable ones."""
+
+    solution: Solution
+    groups: tuple[Group, ...]
+
+    @property
+    def model(self) -> ir.Model:
+        """The model that was analysed."""
+        return self.solution.flow.model
+
+    @cached_property
+    def parameters(self) -> list[tuple[ir.Value, int, NDArray[np.int64]]]:
+        """(initializer, axis, components along it) for every axis of a floating-point parameter that can be cut."""
+        found = []
+        for value in self.model.graph.initializers.values():
+            if value in self.solution.flow.axes and value.dtype is not None and value.dtype.is_floating_point():
+                for axis, vector in enumerate(self.solution.axes(value)):
+                    if vector is not None:
+                        found.append((value, axis, vector))
+        return found
+
+    @property
+    def count(self) -> int:
+        """The number of components, prunable or not; arrays of scores have this length."""
+        return len(self.solution.locked)
+
+
+def find_units(solution: Solution) -> Units:
+    """Groups the components that can be removed by the axes that they lie along."""
+    signature = np.zeros(len(solution.locked), np.uint64)
+    first: dict[int, tuple[str, int]] = {}
+    seen: set[tuple[int, bytes]] = set()
+    members: dict[bytes, list[str]] = {}
+    random = np.random.default_rng(0)
+    owners: list[tuple[NDArray[np.int64], str]] = []
+    for value, vectors in solution.flow.axes.items():
+        for axis, vector in enumerate(solution.axes(value)):
+            if vector is None or vectors[axis] is None:
+                continue
+            key = vector.tobytes()
+            if (0, key) not in seen:
+                seen.add((0, key))
+                weight = random.integers(1, 2**63, dtype=np.uint64)
+                with np.errstate(over="ignore"):
+                    np.add.at(signature, vector, weight)
+            if value.is_initializer():
+                owners.append((vector, value.name or ""))
+    del first, members
+    return Units(solution, tuple(_groups(solution, signature, owners)))
+
+
+def _groups(
+    solution: Solution, signature: NDArray[np.uint64], owners: list[tuple[NDArray[np.int64], str]]
+) -> list[Group]:
+    free = np.flatnonzero(~solution.locked & (signature != 0))
+    if not len(free):
+        return []
+    _, group_of = np.unique(signature[free], return_inverse=True)
+    index = np.full(len(solution.locked), -1)
+    index[free] = group_of
+    count = int(group_of.max()) + 1
+    names: list[list[str]] = [[] for _ in range(count)]
+    for vector, name in owners:
+        for group in np.unique(index[vector]):
+            if group >= 0:
+                names[group].append(name)
+    kinds = ["width"] * count
+    for labels, kind in solution.flow.kinds:
+        for group in np.unique(index[solution.component[labels]]):
+            if group >= 0:
+                kinds[group] = kind
+    aligned = _aligned(solution, index, count)
+    groups = []
+    for group in np.unique(group_of):
+        units = free[group_of == group]
+        exact = not any(int(unit) in solution.inexact_nodes for unit in units)
+        label = names[group][0] if names[group] else f"group {group}"
+        groups.append(Group(label, units, kinds[group], exact, tuple(dict.fromkeys(names[group])), bool(aligned[group])))
+    return sorted(groups, key=lambda group: int(group.units[0]))
+
+
+def _aligned(solution: Solution, index: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
+    aligned = np.zeros(count, bool)
+    for node in solution.flow.model.graph:
+        if node.op_type in ("Conv", "ConvTranspose"):
+            for value in (node.inputs[0], node.outputs[0]):
+                if value is not None:
+                    for vector in solution.axes(value):
+                        if vector is not None:
+                            aligned[index[vector][index[vector] >= 0]] = True
+    return aligned
+
+
+def weight_matrix(value: ir.Value) -> NDArray[np.float64]:
+    """An initializer's numbers in float64."""
+    return np.asarray(constant(value), np.float64)
