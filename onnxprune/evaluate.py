@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,22 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnxruntime import InferenceSession, SessionOptions
 
-from onnxprune.errors import ModelError
+from onnxprune.data import Dataset, batches, fixed_batch, load_function
+from onnxprune.errors import DataError, ModelError, UsageError
 from onnxprune.model import open_session
 
 Array = NDArray[Any]
 Batch = Mapping[str, Array]
+BATCH = 64
+
+
+def session_options(threads: int | None) -> SessionOptions:
+    """Options for a session with this many threads (None: onnxruntime's choice)."""
+    options = SessionOptions()
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    return options
 
 
 def run_model(model: ir.Model | bytes, inputs: Batch) -> list[Array]:
@@ -27,8 +39,22 @@ def run_session(session: InferenceSession, inputs: Batch) -> list[Array]:
     names = {value.name for value in session.get_inputs()}
     try:
         return list(session.run(None, {name: array for name, array in inputs.items() if name in names}))
-    except Exception as error:
+    except Exception as error:  # onnxruntime raises a dozen unrelated types here
         raise ModelError(f"onnxruntime failed to run the model: {str(error).splitlines()[0]}") from error
+
+
+def predict(model: ir.Model, data: Dataset, threads: int | None = None) -> list[Array]:
+    """All outputs of a model on a data set, in order. A model with a fixed batch gets its last batch filled up."""
+    session = open_session(model, session_options(threads))
+    fixed = fixed_batch(model)
+    parts: list[list[Array]] = []
+    for batch in batches(data, fixed or BATCH):
+        count = len(next(iter(batch.values())))
+        if fixed is not None and count < fixed:
+            batch = {name: np.concatenate([a, np.repeat(a[-1:], fixed - count, 0)]) for name, a in batch.items()}
+        outputs = run_session(session, batch)
+        parts.append([a[:count] if fixed is not None and a.ndim and len(a) == fixed else a for a in outputs])
+    return [np.concatenate(column) if column[0].ndim else np.stack(column) for column in zip(*parts, strict=True)]
 
 
 def relative_difference(expected: Array, found: Array) -> float:
@@ -45,3 +71,102 @@ def relative_difference(expected: Array, found: Array) -> float:
         return 0.0
     scale = max(float(np.abs(a[finite]).max()), 1e-30)
     return float(np.abs(a[finite] - b[finite]).max()) / scale
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number for a model's outputs. `compute(outputs, labels, reference outputs of the uncut model)`."""
+
+    name: str
+    compute: Callable[[list[Array], Array | None, list[Array]], float]
+    higher_is_better: bool = True
+    needs_labels: bool = False
+
+    def drop(self, baseline: float, value: float) -> float:
+        """How many points were lost; negative when the value is better than the baseline."""
+        return baseline - value if self.higher_is_better else value - baseline
+
+
+def _rows(array: Array) -> NDArray[np.float64]:
+    """Class scores as (positions, classes)."""
+    return array.astype(np.float64).reshape(-1, array.shape[-1]) if array.ndim > 1 else array.astype(np.float64)[:, None]
+
+
+def _top(k: int) -> Callable[[list[Array], Array | None, list[Array]], float]:
+    def compute(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
+        scores, wanted = _rows(outputs[0]), np.ravel(labels if labels is not None else [])
+        better = (scores > np.take_along_axis(scores, wanted[:, None], 1)).sum(1)
+        return float((better < k).mean() * 100)
+
+    return compute
+
+
+def _mse(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
+    return float(np.mean(np.square(outputs[0].astype(np.float64).ravel() - np.ravel(np.asarray(labels, np.float64)))))
+
+
+def _mae(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
+    return float(np.mean(np.abs(outputs[0].astype(np.float64).ravel() - np.ravel(np.asarray(labels, np.float64)))))
+
+
+def _cosine(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
+    """Mean over samples and outputs of the cosine between the pruned and the uncut model's outputs, times 100."""
+    values = []
+    for a, b in zip(outputs, reference, strict=True):
+        x, y = (np.asarray(v, np.float64).reshape(len(v) if v.ndim else 1, -1) for v in (a, b))
+        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+        same = (x == y).all(1)
+        values.append(np.where(same, 1.0, (x * y).sum(1) / np.maximum(norms, 1e-30)).mean())
+    return float(np.mean(values) * 100)
+
+
+def log_probabilities(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Log-softmax of rows of scores; rows that are probabilities already only take the logarithm."""
+    if (scores >= 0).all() and np.allclose(scores.sum(-1), 1, atol=1e-3):
+        return np.asarray(np.log(np.maximum(scores, 1e-30)), np.float64)
+    shifted = scores - scores.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), np.float64)
+
+
+def _kl(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
+    """Mean KL divergence from the uncut model's class probabilities, in nats."""
+    p, q = log_probabilities(_rows(reference[0])), log_probabilities(_rows(outputs[0]))
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def _agreement(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
+    return float((_rows(outputs[0]).argmax(-1) == _rows(reference[0]).argmax(-1)).mean() * 100)
+
+
+METRICS = {
+    "mse": Metric("mse", _mse, higher_is_better=False, needs_labels=True),
+    "mae": Metric("mae", _mae, higher_is_better=False, needs_labels=True),
+    "cosine": Metric("cosine", _cosine),
+    "kl": Metric("kl", _kl, higher_is_better=False),
+    "agreement": Metric("agreement", _agreement),
+}
+
+
+def find_metric(name: str | None, data: Dataset) -> Metric:
+    """The metric of that name; by default top-1 accuracy, MSE for float labels, and cosine fidelity without labels.
+
+    `topK` is accuracy in percent; cosine and agreement are percent of the uncut model's outputs; `module:function` is
+    called with (outputs: list of arrays, labels) and returns a float where higher is better.
+    Raises `UsageError` for an unknown name, `DataError` when it needs labels and there are none.
+    """
+    if name is None:
+        if data.labels is None:
+            return METRICS["cosine"]
+        name = "mse" if data.labels.dtype.kind == "f" else "top1"
+    if ":" in name:
+        function = load_function(name)
+        return Metric(name, lambda outputs, labels, reference: float(function(outputs, labels)))
+    if name.startswith("top") and name[3:].isdigit() and int(name[3:]) > 0:
+        metric = Metric(name, _top(int(name[3:])), needs_labels=True)
+    elif name in METRICS:
+        metric = METRICS[name]
+    else:
+        raise UsageError(f"no metric is called {name!r}; known: topK, {', '.join(METRICS)}, module:function")
+    if metric.needs_labels and data.labels is None:
+        raise DataError(f"metric {name} needs labels: add an array 'labels', or use cosine, kl or agreement")
+    return metric

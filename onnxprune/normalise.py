@@ -20,9 +20,9 @@ from onnx_ir.passes import common
 
 from onnxprune.data import random_inputs
 from onnxprune.errors import ModelError
-from onnxprune.evaluate import relative_difference, run_model
-from onnxprune.model import constant, to_bytes
-from onnxprune.shapes import add_initializer, evaluate_node, simplify_shape_arithmetic
+from onnxprune.evaluate import Array, relative_difference, run_model
+from onnxprune.model import to_bytes
+from onnxprune.shapes import add_initializer, simplify_shape_arithmetic
 
 OLDEST_OPSET = 17  # LayerNormalization, and BatchNormalization as training knows it
 OLDEST_IR = 8  # from 4 on, initializers needn't be inputs
@@ -90,12 +90,20 @@ def _dequantize_weights(model: ir.Model) -> None:
     nodes = list(model.graph)
     if any(node.op_type == "QuantizeLinear" for node in nodes):
         return
-    opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
     for node in nodes:
-        arrays = [constant(value) for value in node.inputs]
-        if node.op_type == "DequantizeLinear" and all(array is not None for array in arrays):
-            result = evaluate_node(ir.to_proto(node), arrays, opsets)[0]
+        if node.op_type == "DequantizeLinear" and all(v is None or v.is_initializer() for v in node.inputs):
+            result = _evaluate(model, node)
             node.outputs[0].replace_all_uses_with(add_initializer(model, f"{node.outputs[0].name}.float", result))
+
+
+def _evaluate(model: ir.Model, node: ir.Node) -> Array:
+    """What a node with constant inputs computes."""
+    initializers = [ir.to_proto(value.const_value) for value in node.inputs if value is not None and value.const_value]
+    outputs = [helper.make_value_info(node.outputs[0].name or "", onnx.TypeProto())]
+    graph = helper.make_graph([ir.to_proto(node)], "constant", [], outputs, initializers)
+    opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version)
+    return run_model(proto.SerializeToString(), {})[0]
 
 
 def _fold_constants(model: ir.Model) -> ir.Model:

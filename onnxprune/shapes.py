@@ -217,7 +217,7 @@ def add_initializer(model: ir.Model, name: str, array: NDArray[Any]) -> ir.Value
     while unique in graph.initializers:
         count += 1
         unique = f"{name}.{count}"
-    tensor = ir.tensor(np.ascontiguousarray(array), name=unique)
+    tensor = ir.tensor(np.asarray(array, order="C"), name=unique)
     value = ir.Value(
         name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
     )

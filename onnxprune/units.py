@@ -23,6 +23,7 @@ class Group:
     exact: bool
     members: tuple[str, ...]
     aligned: bool  # feeds or leaves a convolution, where runtimes like round widths
+    repeats: int  # positions of one unit along its shortest axis
 
 
 @dataclass(frozen=True)
@@ -57,29 +58,30 @@ class Units:
 def find_units(solution: Solution) -> Units:
     """Groups the components that can be removed by the axes that they lie along."""
     signature = np.zeros(len(solution.locked), np.uint64)
-    first: dict[int, tuple[str, int]] = {}
-    seen: set[tuple[int, bytes]] = set()
-    members: dict[bytes, list[str]] = {}
+    repeats = np.full(len(solution.locked), np.iinfo(np.int64).max)
+    seen: set[bytes] = set()
     random = np.random.default_rng(0)
     owners: list[tuple[NDArray[np.int64], str]] = []
-    for value, vectors in solution.flow.axes.items():
-        for axis, vector in enumerate(solution.axes(value)):
-            if vector is None or vectors[axis] is None:
+    for value in solution.flow.axes:
+        for vector in solution.axes(value):
+            if vector is None:
                 continue
-            key = vector.tobytes()
-            if (0, key) not in seen:
-                seen.add((0, key))
-                weight = random.integers(1, 2**63, dtype=np.uint64)
+            if vector.tobytes() not in seen:
+                seen.add(vector.tobytes())
                 with np.errstate(over="ignore"):
-                    np.add.at(signature, vector, weight)
+                    np.add.at(signature, vector, random.integers(1, 2**63, dtype=np.uint64))
+                present, counts = np.unique(vector, return_counts=True)
+                repeats[present] = np.minimum(repeats[present], counts)
             if value.is_initializer():
                 owners.append((vector, value.name or ""))
-    del first, members
-    return Units(solution, tuple(_groups(solution, signature, owners)))
+    return Units(solution, tuple(_groups(solution, signature, repeats, owners)))
 
 
 def _groups(
-    solution: Solution, signature: NDArray[np.uint64], owners: list[tuple[NDArray[np.int64], str]]
+    solution: Solution,
+    signature: NDArray[np.uint64],
+    repeats: NDArray[np.int64],
+    owners: list[tuple[NDArray[np.int64], str]],
 ) -> list[Group]:
     free = np.flatnonzero(~solution.locked & (signature != 0))
     if not len(free):
@@ -104,7 +106,10 @@ def _groups(
         units = free[group_of == group]
         exact = not any(int(unit) in solution.inexact_nodes for unit in units)
         label = names[group][0] if names[group] else f"group {group}"
-        groups.append(Group(label, units, kinds[group], exact, tuple(dict.fromkeys(names[group])), bool(aligned[group])))
+        members = tuple(dict.fromkeys(names[group]))
+        groups.append(
+            Group(label, units, kinds[group], exact, members, bool(aligned[group]), int(repeats[units].min()))
+        )
     return sorted(groups, key=lambda group: int(group.units[0]))
 
 

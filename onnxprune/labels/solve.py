@@ -63,14 +63,24 @@ def analyse(model: ir.Model, granularity: Granularity = "auto", shapes: Shapes |
 
 def _apply_rule(flow: Flow, node: ir.Node) -> None:
     known = RULES.get(operator_name(node))
-    if known is not None and not any(True for _ in _captured(node)):
+    seen = [value for value in (*node.inputs, *node.outputs) if value is not None and (value.name or value.producer())]
+    if known is None:
+        reason = "no rule for this operator"
+    elif _captured(node):
+        reason = "a subgraph uses it"
+    elif any(flow.shape(value) is None for value in seen if not _unused(value)):
+        reason = "the shape of an operand is unknown"
+    else:
         known(flow, node)
         return
-    reason = "no rule for this operator" if known is None else "a subgraph uses it"
     for value in (*node.inputs, *_captured(node)):
         if value is not None:
             for vector in flow.of(value):
                 flow.lock(vector, f"{reason} ({operator_name(node)})", value)
+
+
+def _unused(value: ir.Value) -> bool:
+    return value.producer() is not None and not value.uses() and not value.is_graph_output()
 
 
 def _captured(node: ir.Node) -> list[ir.Value]:

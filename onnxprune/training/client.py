@@ -1,0 +1,221 @@
+"""The main process's side of fine-tuning: prepares a job folder, watches the worker, takes the weights back."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune.data import Dataset, fixed_batch, model_inputs
+from onnxprune.errors import TrainingError
+from onnxprune.evaluate import predict
+from onnxprune.files import write_bytes, write_json
+from onnxprune.model import constant, save_model
+from onnxprune.training.forward import teacher_graph, trainable, training_graph
+from onnxprune.training.losses import plan_loss
+from onnxprune.training.runtime import install_runtime
+
+SHARD = 32  # samples a thread works on at a time; batch statistics are taken over them
+WORST_LOSS = 0.02  # of the answers an augmentation may change before it is left out
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to fine-tune. `patience` is how many seconds without a word make a worker count as hung."""
+
+    epochs: int = 3
+    lr: float = 1e-3
+    batch: int = 64
+    weight_decay: float = 1e-4
+    clip: float = 5.0
+    distillation: float = 0.5
+    threads: int = 2
+    seed: int = 0
+    checkpoint_seconds: float = 20.0
+    patience: float = 300.0
+    memory_limit: int | None = None
+
+
+def fine_tune(
+    model: ir.Model,
+    teacher: ir.Model,
+    data: Dataset,
+    folder: Path,
+    options: TrainingOptions,
+    augmentation: dict[str, Any] | None = None,
+    progress: Progress = lambda event: None,
+) -> None:
+    """Trains the parameters of `model` in place, in a worker process.
+
+    A folder that holds a job already is resumed from its last checkpoint: the result is equal to the bit to that of a
+    run that was not interrupted. Raises `TrainingError` when the worker fails, dies, hangs or is out of memory; `model`
+    is then unchanged.
+    """
+    runtime = install_runtime(say=lambda line: progress({"event": "note", "message": line}))
+    if not (folder / "job.json").exists():
+        _prepare(model, teacher, data, folder, options, augmentation or {})
+    if not (folder / "weights.npz").exists():
+        _run_worker(folder, runtime, options, progress)
+    with np.load(folder / "weights.npz") as weights:
+        for name in weights.files:
+            value = model.graph.initializers[name]
+            value.const_value = ir.tensor(weights[name], name=name)
+
+
+def _prepare(
+    model: ir.Model, teacher: ir.Model, data: Dataset, folder: Path, options: TrainingOptions, augmentation: dict[str, Any]
+) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    loss = plan_loss(model, data, options.distillation)
+    names = trainable(model)
+    if not names:
+        raise TrainingError("nothing in the model can be fine-tuned; use --epochs 0")
+    save_model(training_graph(model, loss, data.labels.ndim if data.labels is not None else 0), folder / "forward.onnx")
+    save_model(teacher_graph(teacher, loss), folder / "teacher.onnx")
+    inputs = {name: str(_array_file(folder, f"input{i}", a)) for i, (name, a) in enumerate(data.inputs.items())}
+    labels = None
+    if loss.labels != "none" and data.labels is not None:
+        kind = np.int64 if loss.labels == "cross-entropy" else np.float32
+        labels = str(_array_file(folder, "labels", data.labels.astype(kind)))
+    fixed = fixed_batch(model)
+    job = {
+        "trainable": names,
+        "inputs": inputs,
+        "labels": labels,
+        "distil": loss.share > 0,
+        "shard": fixed or SHARD,
+        "batch": -(-options.batch // (fixed or 1)) * (fixed or 1),
+        "flip": False,
+        "shift": 0,
+        "layout": "nchw",
+        **augmentation,
+        **{
+            name: getattr(options, name)
+            for name in (
+                "epochs", "lr", "weight_decay", "clip", "threads", "seed", "checkpoint_seconds", "memory_limit",
+            )
+        },
+    }  # fmt: skip
+    write_json(folder / "job.json", job)  # last: its presence says that the job is complete
+
+
+def _array_file(folder: Path, name: str, array: np.ndarray[Any, Any]) -> Path:
+    path = (folder / f"{name}.npy").resolve()
+    with path.open("wb") as file:
+        np.save(file, np.ascontiguousarray(array))
+    return path
+
+
+def _run_worker(folder: Path, runtime: Path, options: TrainingOptions, progress: Progress) -> None:
+    package = Path(__file__).resolve().parents[2]
+    path = os.pathsep.join([str(runtime), str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "onnxprune.training.worker", str(folder)]
+    with (folder / "worker.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL
+        )
+        try:
+            _watch(process, options.patience, progress, folder)
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def _watch(process: subprocess.Popen[bytes], patience: float, progress: Progress, folder: Path) -> None:
+    """Passes the worker's events on until it is done. Raises `TrainingError` for every other end."""
+    events: queue.Queue[bytes | None] = queue.Queue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            events.put(line)
+        events.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    (folder / "worker.pid").write_text(str(process.pid))
+    last = time.monotonic()
+    while True:
+        try:
+            line = events.get(timeout=1)
+        except queue.Empty:
+            if time.monotonic() - last > patience:
+                raise TrainingError(f"the training worker said nothing for {patience:.0f} s and was stopped") from None
+            continue
+        last = time.monotonic()
+        if line is None:
+            code = process.wait()
+            reason = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+            raise TrainingError(f"the training worker died ({reason}); see {folder / 'worker.log'}")
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event["event"] == "error":
+            raise TrainingError(f"training failed ({event['kind']}): {event['message']}")
+        if event["event"] == "done":
+            return
+        progress(event)
+
+
+def choose_augmentation(model: ir.Model, data: Dataset, threads: int | None) -> dict[str, Any]:
+    """Flips and shifts for images, each only if the uncut model gives nearly the same answers under it.
+
+    Digits must not be mirrored, photographs may be: the model itself knows. An augmentation is left out when more than
+    2 % of 512 answers (or of the cosine of other outputs) change.
+    """
+    value = model_inputs(model)[0]
+    shape = list(value.shape or ())
+    if len(model_inputs(model)) != 1 or len(shape) != 4 or value.dtype != ir.DataType.FLOAT:
+        return {}
+    layout = "nchw" if shape[1] in (1, 3, 4) else "nhwc" if shape[3] in (1, 3, 4) else None
+    array = data.inputs[value.name or ""][:512]
+    if layout is None or len(array) < 16:
+        return {}
+    rows, columns = (2, 3) if layout == "nchw" else (1, 2)
+    shift = max(1, array.shape[rows] // 8)
+    before = predict(model, Dataset({value.name or "": array}, None), threads)[0]
+
+    def harmless(changed: np.ndarray[Any, Any]) -> bool:
+        after = predict(model, Dataset({value.name or "": np.ascontiguousarray(changed)}, None), threads)[0]
+        if before.ndim == 2 and before.shape[1] > 1:
+            return float((before.argmax(1) != after.argmax(1)).mean()) <= WORST_LOSS + _noise(before)
+        return False
+
+    flip = harmless(np.flip(array, columns))
+    moved = np.zeros_like(array)
+    source, target = [slice(None)] * 4, [slice(None)] * 4
+    source[columns], target[columns] = slice(0, -shift), slice(shift, None)
+    moved[tuple(target)] = array[tuple(source)]
+    return {"flip": flip, "shift": shift if harmless(moved) else 0, "layout": layout}
+
+
+def _noise(scores: np.ndarray[Any, Any]) -> float:
+    """The share of answers that hang on little: the two best scores within a tenth of the spread."""
+    ordered = np.sort(scores, 1)
+    spread = max(float(scores.std()), 1e-12)
+    return float((ordered[:, -1] - ordered[:, -2] < 0.5 * spread).mean())
+
+
+def numbers_of(model: ir.Model) -> dict[str, np.ndarray[Any, Any]]:
+    """The trainable parameters of a model by name."""
+    return {name: constant(model.graph.initializers[name]) for name in trainable(model)}
+
+
+__all__ = ["TrainingOptions", "choose_augmentation", "fine_tune", "write_bytes"]
