@@ -83,6 +83,13 @@ def _check_external_data(proto: onnx.ModelProto, file: Path) -> None:
             raise ModelError(f"{where}: {data} holds fewer or more bytes than its shape needs; copy the file again")
 
 
+def external_files(path: Path) -> set[Path]:
+    """The files beside a model that hold its external tensors."""
+    proto = onnx.load(str(path), load_external_data=False)
+    names = {ExternalDataInfo(t).location for t in _all_tensors(proto) if uses_external_data(t)}
+    return {path.resolve().parent / name for name in names}
+
+
 def _all_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
     """Every tensor of a model: initializers and attributes, in subgraphs and local functions too."""
     found: list[onnx.TensorProto] = []
@@ -141,11 +148,11 @@ def open_session(
 
 
 def parameter_count(model: ir.Model) -> int:
-    """How many floating-point numbers the initializers hold."""
+    """How many floating-point numbers the initializers hold, constants of a single number left out."""
     return sum(
         tensor.size
         for value in model.graph.initializers.values()
-        if (tensor := value.const_value) is not None and tensor.dtype.is_floating_point()
+        if (tensor := value.const_value) is not None and tensor.dtype.is_floating_point() and len(tensor.shape)
     )
 
 

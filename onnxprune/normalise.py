@@ -109,7 +109,7 @@ def _evaluate(model: ir.Model, node: ir.Node) -> Array:
 def _fold_constants(model: ir.Model) -> ir.Model:
     proto = onnx.load_from_string(to_bytes(model))
     try:
-        with _native_output_hidden():
+        with native_output_hidden():
             folded, _ = onnxsim.simplify(
                 proto, perform_optimization=False, skipped_optimizers=["fuse_bn_into_conv"]
             )
@@ -119,8 +119,8 @@ def _fold_constants(model: ir.Model) -> ir.Model:
 
 
 @contextlib.contextmanager
-def _native_output_hidden() -> Iterator[None]:
-    """onnxsim's C++ side prints warnings by the thousand on file descriptors 1 and 2."""
+def native_output_hidden() -> Iterator[None]:
+    """Hides what native code prints: onnxsim's C++ side prints warnings by the thousand on file descriptors 1 and 2."""
     saved = [(fd, os.dup(fd)) for fd in (1, 2)]
     sink = os.open(os.devnull, os.O_WRONLY)
     try:

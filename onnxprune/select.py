@@ -1,4 +1,4 @@
-"""From scores and a threshold to what survives, and what that costs: MACs, parameters, bytes."""
+"""From scores and a threshold to what survives."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
-from numpy.typing import NDArray
 
-from onnxprune.macs import node_macs
+from onnxprune.cost import Alive
 from onnxprune.score import Scores
-from onnxprune.shapes import dynamic_sizes
 from onnxprune.units import Group, Units
 
-Alive = NDArray[np.bool_]
 BLOCK = 8  # channels; what the blocked convolutions of common CPUs work on
 
 
@@ -62,57 +58,6 @@ def keep_best(alive: Alive, group: Group, scores: Scores, kept: int) -> None:
     """Leaves the `kept` best units of a group alive."""
     order = np.argsort(scores[group.units], kind="stable")
     alive[group.units[order[: len(order) - kept]]] = False
-
-
-class Cost:
-    """What a model costs when only some components survive, without cutting it."""
-
-    def __init__(self, units: Units) -> None:
-        solution = units.solution
-        self._axes = {value: solution.axes(value) for value in solution.flow.axes}
-        self._concrete = solution.shapes.concrete
-        self._nodes = list(units.model.graph)
-        self._parameters = [
-            (value, value.dtype.bitwidth / 8, value.dtype.is_floating_point())
-            for value in units.model.graph.initializers.values()
-            if value.dtype is not None
-        ]
-        self._batch = 1
-        first = next((v for v in units.model.graph.inputs if not v.is_initializer() and v.shape), None)
-        if first is not None and first.shape is not None and not isinstance(first.shape[0], int):
-            self._batch = next(iter(dynamic_sizes(units.model, 0).values()))
-
-    def macs(self, alive: Alive) -> int:
-        """Multiply-accumulates of one run at batch size 1 (or the model's own fixed batch)."""
-        size = self._sizes(alive)
-        return sum(node_macs(node, size) for node in self._nodes) // self._batch
-
-    def params(self, alive: Alive) -> int:
-        """Floating-point numbers in the initializers."""
-        size = self._sizes(alive)
-        return sum(math.prod(size(value) or ()) for value, _, floating in self._parameters if floating)
-
-    def bytes(self, alive: Alive) -> int:
-        """Bytes of the initializers."""
-        size = self._sizes(alive)
-        return round(sum(math.prod(size(value) or ()) * width for value, width, _ in self._parameters))
-
-    def _sizes(self, alive: Alive) -> Callable[[ir.Value], tuple[int, ...] | None]:
-        known: dict[ir.Value, tuple[int, ...] | None] = {}
-
-        def size(value: ir.Value) -> tuple[int, ...] | None:
-            if value not in known:
-                shape = self._concrete(value)
-                axes = self._axes.get(value, ())
-                if shape is not None and len(axes) == len(shape):
-                    shape = tuple(
-                        dim if vector is None else int(alive[vector].sum())
-                        for dim, vector in zip(shape, axes, strict=True)
-                    )
-                known[value] = shape
-            return known[value]
-
-        return size
 
 
 def tau_for(

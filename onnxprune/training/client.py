@@ -22,8 +22,8 @@ import onnx_ir as ir
 from onnxprune.data import Dataset, fixed_batch, model_inputs
 from onnxprune.errors import TrainingError
 from onnxprune.evaluate import predict
-from onnxprune.files import write_bytes, write_json
-from onnxprune.model import constant, save_model
+from onnxprune.files import write_json
+from onnxprune.model import save_model
 from onnxprune.training.forward import teacher_graph, trainable, training_graph
 from onnxprune.training.losses import plan_loss
 from onnxprune.training.runtime import install_runtime
@@ -31,7 +31,13 @@ from onnxprune.training.runtime import install_runtime
 SHARD = 32  # samples a thread works on at a time; batch statistics are taken over them
 WORST_LOSS = 0.02  # of the answers an augmentation may change before it is left out
 
+RESTARTS = 2  # of a worker that died without a word
+
 Progress = Callable[[dict[str, Any]], None]
+
+
+class WorkerDied(TrainingError):
+    """The worker ended or hung without saying why; starting again from its checkpoint may help."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,15 @@ def fine_tune(
     runtime = install_runtime(say=lambda line: progress({"event": "note", "message": line}))
     if not (folder / "job.json").exists():
         _prepare(model, teacher, data, folder, options, augmentation or {})
-    if not (folder / "weights.npz").exists():
-        _run_worker(folder, runtime, options, progress)
+    for attempt in range(RESTARTS + 1):
+        if (folder / "weights.npz").exists():
+            break
+        try:
+            _run_worker(folder, runtime, options, progress)
+        except WorkerDied as error:
+            if attempt == RESTARTS:
+                raise
+            progress({"event": "note", "message": f"{error}; starting it again from its last checkpoint"})
     with np.load(folder / "weights.npz") as weights:
         for name in weights.files:
             value = model.graph.initializers[name]
@@ -128,8 +141,9 @@ def _run_worker(folder: Path, runtime: Path, options: TrainingOptions, progress:
     command = [sys.executable, "-m", "onnxprune.training.worker", str(folder)]
     with (folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(
-            command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL
-        )
+            command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=log,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
         try:
             _watch(process, options.patience, progress, folder)
         finally:
@@ -156,13 +170,13 @@ def _watch(process: subprocess.Popen[bytes], patience: float, progress: Progress
             line = events.get(timeout=1)
         except queue.Empty:
             if time.monotonic() - last > patience:
-                raise TrainingError(f"the training worker said nothing for {patience:.0f} s and was stopped") from None
+                raise WorkerDied(f"the training worker said nothing for {patience:.0f} s and was stopped") from None
             continue
         last = time.monotonic()
         if line is None:
             code = process.wait()
             reason = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-            raise TrainingError(f"the training worker died ({reason}); see {folder / 'worker.log'}")
+            raise WorkerDied(f"the training worker died ({reason}); see {folder / 'worker.log'}")
         try:
             event = json.loads(line)
         except ValueError:
@@ -211,11 +225,3 @@ def _noise(scores: np.ndarray[Any, Any]) -> float:
     ordered = np.sort(scores, 1)
     spread = max(float(scores.std()), 1e-12)
     return float((ordered[:, -1] - ordered[:, -2] < 0.5 * spread).mean())
-
-
-def numbers_of(model: ir.Model) -> dict[str, np.ndarray[Any, Any]]:
-    """The trainable parameters of a model by name."""
-    return {name: constant(model.graph.initializers[name]) for name in trainable(model)}
-
-
-__all__ = ["TrainingOptions", "choose_augmentation", "fine_tune", "write_bytes"]

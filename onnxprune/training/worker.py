@@ -157,6 +157,7 @@ class Trainer:
         self.optimizer = AdamW(self.weights, self.job["weight_decay"])
         self.pool = ThreadPoolExecutor(self.job["threads"])
         self.bad_steps = 0
+        self.parent = os.getppid()
 
     @staticmethod
     def _session(onnxruntime: Any, model: Any) -> Any:
@@ -174,6 +175,8 @@ class Trainer:
             order = np.random.default_rng([self.job["seed"], epoch]).permutation(samples)
             chosen = np.sort(order[index * size : (index + 1) * size])
             loss, accuracy = self._step(chosen, np.random.default_rng([self.job["seed"], epoch, index]), step, total)
+            if os.getppid() != self.parent:
+                sys.exit(1)  # the run is gone; it resumes from the last checkpoint
             say(event="step", step=step + 1, total=total, epoch=epoch + 1, loss=loss, accuracy=accuracy)
             if time.monotonic() - saved > self.job["checkpoint_seconds"] or step + 1 == total:
                 self._save(step + 1)

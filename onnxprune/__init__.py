@@ -1,0 +1,62 @@
+"""onnxprune makes trained ONNX models smaller and faster.
+
+The public names: `run` does everything; `prune` cuts once by weights; `inspect` says what could be cut and why the rest
+can't; `bench` times models against each other. Everything raised on purpose is an `OnnxPruneError`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from onnxprune.errors import (
+    DataError,
+    ModelError,
+    OnnxPruneError,
+    TargetError,
+    TrainingError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from onnxprune.api import Inspection, PruneResult, inspect, prune
+    from onnxprune.bench import BenchResult
+    from onnxprune.bench import bench_models as bench
+    from onnxprune.data import ImageOptions
+    from onnxprune.pipeline import RunOptions, run
+    from onnxprune.plan import Plan
+    from onnxprune.report import Report
+
+__version__ = "0.1.0"
+
+_HOMES = {  # imported when first used: the training worker must not load the user's onnxruntime
+    "Inspection": "api", "PruneResult": "api", "inspect": "api", "prune": "api",
+    "BenchResult": "bench", "bench": "bench", "ImageOptions": "data", "RunOptions": "pipeline", "run": "pipeline",
+    "Plan": "plan", "Report": "report",
+}  # fmt: skip
+
+__all__ = [
+    "BenchResult",
+    "DataError",
+    "ImageOptions",
+    "Inspection",
+    "ModelError",
+    "OnnxPruneError",
+    "Plan",
+    "PruneResult",
+    "Report",
+    "RunOptions",
+    "TargetError",
+    "TrainingError",
+    "UsageError",
+    "bench",
+    "inspect",
+    "prune",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'onnxprune' has no attribute {name!r}")
+    import importlib
+
+    module = importlib.import_module(f"onnxprune.{_HOMES[name]}")
+    return getattr(module, "bench_models" if name == "bench" else name)

@@ -1,0 +1,5 @@
+"""`python -m onnxprune`, the same as `onnxprune`."""
+
+from onnxprune.cli import main
+
+main()

@@ -1,0 +1,163 @@
+"""Timing models against each other: one process, interleaved runs, medians, and a confidence interval of the ratio."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from onnxprune.data import random_inputs
+from onnxprune.errors import UsageError
+from onnxprune.evaluate import Batch, run_session, session_options
+from onnxprune.model import open_model, open_session
+
+WARM_UP = 5
+FEWEST_RUNS = 20
+MOST_RUNS = 2000
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one run on one execution provider."""
+
+    median: float
+    p90: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many times as fast as the first model, with the bounds of its 95 % confidence interval."""
+
+    speedup: float
+    low: float
+    high: float
+
+    @property
+    def differs(self) -> bool:
+        """Whether the interval excludes one."""
+        return self.low > 1 or self.high < 1
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """One model on one execution provider. `memory_bytes` is the peak that loading and running it adds."""
+
+    model: str
+    provider: str
+    latency: Latency
+    against_first: Comparison
+    memory_bytes: int
+    size_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON."""
+        return asdict(self)
+
+
+def find_providers(names: Sequence[str]) -> list[str]:
+    """Full names of execution providers; "cpu" or "CPUExecutionProvider" are the same.
+
+    Raises `UsageError` listing what the installed onnxruntime has when one is absent.
+    """
+    available = onnxruntime.get_available_providers()
+    short = {name.removesuffix("ExecutionProvider").lower(): name for name in available}
+    found = []
+    for name in names:
+        key = name.removesuffix("ExecutionProvider").lower()
+        if key not in short:
+            raise UsageError(f"execution provider {name!r} isn't in this onnxruntime; it has: {', '.join(sorted(short))}")
+        found.append(short[key])
+    return found
+
+
+def bench_models(
+    paths: Sequence[Path],
+    providers: Sequence[str] = ("cpu",),
+    threads: int | None = None,
+    batch: int = 1,
+    seconds: float = 5.0,
+    seed: int = 0,
+) -> list[BenchResult]:
+    """Times models on random inputs of the first one's shapes, and compares each with the first.
+
+    Runs take turns, so that whatever else the machine does hits all of them; the order turns too. Raises `UsageError`
+    for an absent execution provider and `ModelError` for a model that can't be run.
+    """
+    full = find_providers(providers)
+    inputs = random_inputs(open_model(paths[0]), seed, batch)
+    results = []
+    for provider in full:
+        times = _interleave(paths, provider, inputs, threads, seconds)
+        for path, row in zip(paths, times, strict=True):
+            results.append(
+                BenchResult(
+                    str(path),
+                    provider,
+                    Latency(float(np.median(row)) * 1e3, float(np.quantile(row, 0.9)) * 1e3, len(row)),
+                    compare(times[0], row),
+                    peak_memory(path, inputs, threads),
+                    model_bytes(path),
+                )
+            )
+    return results
+
+
+def _interleave(
+    paths: Sequence[Path], provider: str, inputs: Batch, threads: int | None, seconds: float
+) -> NDArray[np.float64]:
+    """Seconds of every run, shape (models, runs)."""
+    sessions = [open_session(str(path), session_options(threads), [provider]) for path in paths]
+    for session in sessions:
+        for _ in range(WARM_UP):
+            run_session(session, inputs)
+    rows: list[list[float]] = [[] for _ in sessions]
+    start = time.perf_counter()
+    while len(rows[0]) < MOST_RUNS and (len(rows[0]) < FEWEST_RUNS or time.perf_counter() - start < seconds):
+        turn = len(rows[0]) % len(sessions)
+        for index in [*range(turn, len(sessions)), *range(turn)]:
+            before = time.perf_counter()
+            sessions[index].run(None, dict(inputs))
+            rows[index].append(time.perf_counter() - before)
+    return np.array(rows)
+
+
+def compare(first: NDArray[np.float64], other: NDArray[np.float64], seed: int = 0) -> Comparison:
+    """The ratio of medians, first over other, and its 95 % interval by bootstrap over the interleaved turns."""
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(0, len(first), (RESAMPLES, len(first)))
+    ratios = np.median(first[picks], axis=1) / np.median(other[picks], axis=1)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return Comparison(float(np.median(first) / np.median(other)), float(low), float(high))
+
+
+def peak_memory(path: Path, inputs: Batch, threads: int | None = None) -> int:
+    """Bytes that loading and running a model once adds to the peak memory of a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_memory, args=(str(path), dict(inputs), threads, sender), daemon=True)
+    process.start()
+    process.join(120)
+    return int(receiver.recv()) if receiver.poll(0) else 0
+
+
+def _measure_memory(path: str, inputs: dict[str, Any], threads: int | None, sender: Any) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run_session(open_session(path, session_options(threads)), inputs)
+    sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def model_bytes(path: Path) -> int:
+    """Bytes on disk of a model, external data included."""
+    from onnxprune.model import external_files
+
+    return path.stat().st_size + sum(file.stat().st_size for file in external_files(path))

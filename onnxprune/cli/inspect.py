@@ -1,0 +1,56 @@
+"""`onnxprune inspect`: what can be pruned, and why the rest can't."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from onnxprune.api import Inspection, inspect
+from onnxprune.cli.options import with_json
+from onnxprune.cli.output import print_json, say, show
+
+
+@click.command("inspect", short_help="What can be pruned, and why the rest can't.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--granularity", type=click.Choice(["auto", "rows", "columns"]), default="auto", help="Heads and groups: whole (rows) or thinner (columns).")
+@with_json
+def inspect_command(model: Path, granularity: str, as_json: bool) -> int:
+    """Lists the groups of coupled units in MODEL, what they govern, and what is locked with the reason."""
+    found = inspect(model, granularity)  # type: ignore[arg-type]
+    if as_json:
+        print_json(found.to_json())
+        return 0
+    show(_groups(found))
+    show(_locks(found))
+    say(
+        f"{found.macs:,} MACs and {found.params:,} parameters; with one unit left in every group "
+        f"{100 * found.reachable_macs:.0f} % of the MACs and {100 * found.reachable_params:.0f} % of the parameters would go"
+    )
+    return 0
+
+
+def _groups(found: Inspection) -> Table:
+    table = Table(title=f"{len(found.groups)} groups that can be pruned")
+    for name, justify in (("group", "left"), ("kind", "left"), ("units", "right"), ("MACs governed", "right"), ("parameters governed", "right"), ("tensors", "right"), ("exact", "left")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for group in found.groups:
+        table.add_row(
+            group["name"], group["kind"], str(group["units"]), f"{group['macs']:,}", f"{group['params']:,}",
+            str(len(group["members"])), "yes" if group["exact"] else "no",
+        )  # fmt: skip
+    return table
+
+
+def _locks(found: Inspection) -> Table:
+    table = Table(title="locked axes of parameters, by reason")
+    for name in ("reason", "example", "locked by node"):
+        table.add_column(name)
+    table.add_column("parameters", justify="right")
+    counts = Counter(lock["reason"] for lock in found.locks)
+    for reason, count in counts.most_common():
+        lock = next(lock for lock in found.locks if lock["reason"] == reason)
+        table.add_row(reason, f"{lock['value']}, axis {lock['axis']}", lock["node"], str(count))
+    return table

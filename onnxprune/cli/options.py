@@ -1,0 +1,62 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from onnxprune.data import ImageOptions
+from onnxprune.errors import UsageError
+
+SCOPES = ["layer", "global", "isomorphic"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class RoundTo(click.ParamType[int | None]):
+    """A positive integer, or "auto" (None)."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """The number, or None for auto."""
+        if value == "auto" or value is None:
+            return None
+        if str(value).isdigit() and int(value) > 0:
+            return int(value)
+        self.fail(f"{value!r} is neither a positive number nor 'auto'", param, ctx)
+
+
+ROUND_TO = RoundTo()
+IMAGE_OPTIONS = [
+    click.option("--mean", default="0", metavar="F[,F,F]", help="For folders of images: (pixels / 255 - mean) / std."),
+    click.option("--std", default="1", metavar="F[,F,F]", help="As --mean."),
+    click.option("--size", type=int, nargs=2, metavar="H W", help="For folders of images: height and width."),
+    click.option("--layout", type=click.Choice(["nchw", "nhwc"]), default="nchw", help="For folders of images."),
+]
+
+
+def options(listed: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
+    """Adds a list of options to a command, in order."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(listed):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def with_json(function: F) -> F:
+    """Adds --json."""
+    return click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr.")(function)
+
+
+def image_options(given: dict[str, Any]) -> ImageOptions:
+    """Takes the image options out of a command's parameters. Raises `UsageError` for what isn't numbers."""
+    try:
+        mean, std = (tuple(float(x) for x in given.pop(name).split(",")) for name in ("mean", "std"))
+    except ValueError as error:
+        raise UsageError(f"--mean and --std take numbers separated by commas: {error}") from error
+    return ImageOptions(mean, std, given.pop("size"), given.pop("layout"))

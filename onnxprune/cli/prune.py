@@ -1,0 +1,43 @@
+"""`onnxprune prune`: one cut by weights, no data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from onnxprune.api import prune
+from onnxprune.cli.options import ROUND_TO, SCOPES, with_json
+from onnxprune.cli.output import print_json, say, share, show
+from onnxprune.score import CRITERIA
+
+
+@click.command("prune", short_help="One cut by weights, without data.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The pruned model.")
+@click.option("--ratio", type=float, required=True, help="Share of each group's units to remove (of all, with --scope global).")
+@click.option("--criterion", type=click.Choice(list(CRITERIA)), default="l2", help="How units are scored.")
+@click.option("--scope", type=click.Choice(SCOPES), default="layer", help="What units are compared with.")
+@click.option("--round-to", type=ROUND_TO, default="1", metavar="N|auto", help="Widths are rounded up to a multiple.")
+@click.option("--granularity", type=click.Choice(["auto", "rows", "columns"]), default="auto", help="Heads and groups: whole (rows) or thinner (columns).")
+@click.option("--seed", type=int, default=0, help="For --criterion random.")
+@click.option("--plan", type=click.Path(path_type=Path), help="Write what was removed as JSON.")
+@click.option("--baseline", type=click.Path(path_type=Path), help="Write the normalised model whose names the plan uses.")
+@with_json
+def prune_command(model: Path, as_json: bool, **given: Any) -> int:
+    """Removes the least important units of MODEL, judged by its weights alone."""
+    result = prune(model, **given)
+    if as_json:
+        print_json(result.to_json())
+        return 0
+    table = Table(title="before and after")
+    for name in ("", "before", "after", "left"):
+        table.add_column(name, justify="left" if not name else "right")
+    table.add_row("MACs", *(f"{n:,}" for n in result.macs), share(*result.macs))
+    table.add_row("parameters", *(f"{n:,}" for n in result.params), share(*result.params))
+    show(table)
+    checked = "equal to the masked model" if result.plan.exact else f"inexact at {len(result.plan.inexact_nodes)} nodes"
+    say(f"written: {result.output} (runs in onnxruntime; {checked}; not fine-tuned: accuracy was not measured)")
+    return 0

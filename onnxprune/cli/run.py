@@ -1,0 +1,78 @@
+"""`onnxprune run`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxprune.cli.options import IMAGE_OPTIONS, ROUND_TO, SCOPES, image_options, options, with_json
+from onnxprune.cli.output import TerminalListener, print_json, report_tables, say, show
+from onnxprune.errors import TargetError
+from onnxprune.pipeline import RunOptions, run
+from onnxprune.report import Report
+from onnxprune.score import CRITERIA
+
+RUN_OPTIONS = [
+    click.option("-o", "--output", type=click.Path(path_type=Path), help="The pruned model.  [default: MODEL.pruned.onnx]"),
+    click.option("--data", help="Calibration and training data: .npz, folder of images, or module:function."),
+    click.option("--eval-data", help="Data to measure on; without it a fifth of --data is held back."),
+    click.option("--target-macs", type=float, metavar="F", help="Share of the MACs that may remain, such as 0.5."),
+    click.option("--target-params", type=float, metavar="F", help="Share of the parameters that may remain."),
+    click.option("--target-size", type=float, metavar="F", help="Share of the bytes of the weights that may remain."),
+    click.option("--max-drop", type=float, metavar="P", help="Points of the metric that may be lost.  [default: 1 without a target]"),
+    click.option("--rounds", type=int, metavar="N", help="Rounds of cutting and tuning.  [default: 1 to a target, else 4]"),
+    click.option("--epochs", type=int, metavar="N", help="Epochs of fine-tuning in each round.  [default: about 1,000 steps]"),
+    click.option("--lr", type=float, default=2e-3, metavar="F", help="Peak learning rate of AdamW."),
+    click.option("--criterion", type=click.Choice(list(CRITERIA)), default="l2", help="How units are scored."),
+    click.option("--scope", type=click.Choice(SCOPES), default="global", help="What units are compared with."),
+    click.option("--granularity", type=click.Choice(["auto", "rows", "columns"]), default="auto", help="Heads and groups: whole (rows) or thinner (columns)."),
+    click.option("--round-to", type=ROUND_TO, default="auto", metavar="N|auto", help="Widths are rounded up to a multiple."),
+    click.option("--metric", metavar="NAME", help="topK, mse, mae, cosine, kl, agreement or module:function."),
+    click.option("--controller", type=click.Choice(["bisect", "published"]), default="bisect", help="How the threshold moves when --max-drop decides."),
+    click.option("--ep", multiple=True, default=("cpu",), metavar="NAME", help="Execution providers to benchmark on; repeatable."),
+    click.option("--threads", type=int, metavar="N", help="Threads of onnxruntime and of training."),
+    click.option("--seed", type=int, default=0, metavar="N", help="Decides everything random."),
+    click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run keeps its files.  [default: OUTPUT.onnxprune]"),
+    click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same command."),
+]  # fmt: skip
+
+
+@click.command("run", short_help="Prune, repair, fine-tune, check and benchmark.")
+@click.argument("model", type=click.Path(path_type=Path))
+@options(RUN_OPTIONS + IMAGE_OPTIONS)
+@with_json
+def run_command(model: Path, as_json: bool, **given: Any) -> int:
+    """Prunes MODEL as far as the targets ask or the allowed drop permits, and fine-tunes what is left.
+
+    With only --data: as small as one point of drop allows. Without data: by weights alone, to 75 % of the MACs.
+    """
+    places = {name: given.pop(name) for name in ("output", "data", "eval_data", "run_dir", "resume")}
+    images = image_options(given)
+    given["providers"] = tuple(given.pop("ep"))
+    with TerminalListener() as listener:
+        report = run(model, images=images, options=RunOptions(**given), listener=listener, **places)
+    if as_json:
+        print_json({**report.to_json(), "exit_status": 0 if report.met else TargetError.exit_status})
+    else:
+        for table in report_tables(report):
+            show(table)
+    say(f"written: {report.pruned.path}; plan, report and baseline: {report.run_dir}")
+    if not report.met:
+        say(f"the targets were not met: {reached(report)}; the best accepted model was written")
+        return TargetError.exit_status
+    return 0
+
+
+def reached(report: Report) -> str:
+    """What was asked and what was reached, in words."""
+    parts = [
+        f"{name} {100 * entry['reached']:.1f} % (asked {100 * entry['asked']:.1f} %)"
+        for name, entry in report.target["resources"].items()
+    ]
+    if report.target["max_drop"] is not None and report.target["drop"] is not None:
+        parts.append(f"drop {report.target['drop']:.2f} (allowed {report.target['max_drop']:g})")
+    if report.pruned.macs == report.baseline.macs:
+        parts.append("no cut was accepted")
+    return ", ".join(parts)

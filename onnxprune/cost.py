@@ -1,0 +1,106 @@
+"""What a model costs: multiply-accumulates (MACs), parameters and bytes.
+
+Convention for MACs: products of convolutions, matrix products and recurrent layers, nothing else.
+
+Adds, normalisations and activations don't count; two walks over the same shapes give the same number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxprune.labels.recurrent import GATES
+from onnxprune.shapes import dynamic_sizes
+from onnxprune.units import Units
+
+Alive = NDArray[np.bool_]
+Size = Callable[[ir.Value], tuple[int, ...] | None]
+
+
+def node_macs(node: ir.Node, size: Size) -> int:
+    """The MACs of one node, given the concrete shape of each value; 0 where a shape is unknown."""
+    shapes = [size(value) if value is not None else None for value in node.inputs]
+    out = size(node.outputs[0])
+    if node.op_type in GATES:
+        x, w, r = shapes[:3]
+        return 0 if not (x and w and r) else x[0] * x[1] * (math.prod(w) + math.prod(r))
+    if out is None or len(shapes) < 2 or shapes[0] is None or shapes[1] is None:
+        return 0
+    if node.op_type in ("Conv", "FusedConv"):
+        return math.prod(out) * math.prod(shapes[1][1:])
+    if node.op_type == "ConvTranspose":
+        return math.prod(shapes[0]) * math.prod(shapes[1][1:])
+    if node.op_type in ("MatMul", "FusedMatMul"):
+        return math.prod(out) * shapes[0][-1]
+    if node.op_type == "Gemm":
+        transposed = "transA" in node.attributes and node.attributes["transA"].as_int()
+        return math.prod(out) * shapes[0][0 if transposed else 1]
+    return 0
+
+
+class Cost:
+    """What a model costs when only some components survive, without cutting it."""
+
+    def __init__(self, units: Units) -> None:
+        solution = units.solution
+        self._axes = {value: solution.axes(value) for value in solution.flow.axes}
+        self._concrete = solution.shapes.concrete
+        self._nodes = list(units.model.graph)
+        self._parameters = [
+            (value, value.dtype.bitwidth / 8, value.dtype.is_floating_point())
+            for value in units.model.graph.initializers.values()
+            if value.dtype is not None
+        ]
+        self._batch = 1
+        first = next((v for v in units.model.graph.inputs if not v.is_initializer() and v.shape), None)
+        if first is not None and first.shape is not None and not isinstance(first.shape[0], int):
+            self._batch = next(iter(dynamic_sizes(units.model, 0).values()))
+
+    def macs(self, alive: Alive) -> int:
+        """Multiply-accumulates of one run at batch size 1 (or the model's own fixed batch)."""
+        size = self._sizes(alive)
+        return sum(node_macs(node, size) for node in self._nodes) // self._batch
+
+    def params(self, alive: Alive) -> int:
+        """Floating-point numbers in the initializers, constants of a single number left out."""
+        size = self._sizes(alive)
+        return sum(math.prod(size(value) or (0,)) for value, _, floating in self._parameters if floating)
+
+    def bytes(self, alive: Alive) -> int:
+        """Bytes of the initializers."""
+        size = self._sizes(alive)
+        return round(sum(math.prod(size(value) or ()) * width for value, width, _ in self._parameters))
+
+    def of_units(self, units: Units) -> NDArray[np.float64]:
+        """The MACs that go with one unit of each component's group, as a share of all; of parameters where MACs don't."""
+        everything = np.ones(units.count, bool)
+        total, params = self.macs(everything), self.params(everything)
+        shares = np.ones(units.count)
+        for group in units.groups:
+            rest = everything.copy()
+            rest[group.units[1:]] = False
+            saved = (total - self.macs(rest)) / max(total, 1) or (params - self.params(rest)) / max(params, 1)
+            shares[group.units] = max(saved, 1e-12) / max(len(group.units) - 1, 1)
+        return shares
+
+    def _sizes(self, alive: Alive) -> Callable[[ir.Value], tuple[int, ...] | None]:
+        known: dict[ir.Value, tuple[int, ...] | None] = {}
+
+        def size(value: ir.Value) -> tuple[int, ...] | None:
+            if value not in known:
+                shape = self._concrete(value)
+                axes = self._axes.get(value, ())
+                if shape is not None and len(axes) == len(shape):
+                    shape = tuple(
+                        dim if vector is None else int(alive[vector].sum())
+                        for dim, vector in zip(shape, axes, strict=True)
+                    )
+                known[value] = shape
+            return known[value]
+
+        return size
