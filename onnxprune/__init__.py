@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from onnxprune.bench import BenchResult
     from onnxprune.bench import bench_models as bench
     from onnxprune.data import ImageOptions
-    from onnxprune.pipeline import RunOptions, run
+    from onnxprune.options import RunOptions
+    from onnxprune.pipeline import run
     from onnxprune.plan import Plan
     from onnxprune.report import Report
 
@@ -28,7 +29,7 @@ __version__ = "0.1.0"
 
 _HOMES = {  # imported when first used: the training worker must not load the user's onnxruntime
     "Inspection": "api", "PruneResult": "api", "inspect": "api", "prune": "api",
-    "BenchResult": "bench", "bench": "bench", "ImageOptions": "data", "RunOptions": "pipeline", "run": "pipeline",
+    "BenchResult": "bench", "bench": "bench", "ImageOptions": "data", "RunOptions": "options", "run": "pipeline",
     "Plan": "plan", "Report": "report",
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,17 @@ import numpy as np
 
 from onnxprune.cost import Cost
 from onnxprune.cut import cut
-from onnxprune.errors import ModelError, UsageError
-from onnxprune.files import check_writable, sha256, write_json
+from onnxprune.errors import UsageError
+from onnxprune.files import check_writable, write_json
 from onnxprune.labels import analyse
 from onnxprune.labels.solve import Granularity
-from onnxprune.model import open_model, save_model
+from onnxprune.model import open_model, save_model, to_bytes
 from onnxprune.normalise import normalise
-from onnxprune.pipeline import check_cut
 from onnxprune.plan import Plan
 from onnxprune.score import Scope, normalise_scores, score_units
 from onnxprune.select import Rounding, keep_best, round_up, survivors_by_share
-from onnxprune.units import Units, find_units
+from onnxprune.units import Units, find_units, prunable
+from onnxprune.verify import check_cut
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,15 @@ class PruneResult:
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON; the plan itself is in its own file."""
-        sides = {name: {"macs": self.macs[i], "params": self.params[i]} for i, name in enumerate(("baseline", "pruned"))}
-        return {**sides, "output": self.output, "exact": self.plan.exact, "inexact_nodes": list(self.plan.inexact_nodes)}
+        sides = {
+            name: {"macs": self.macs[i], "params": self.params[i]} for i, name in enumerate(("baseline", "pruned"))
+        }
+        return {
+            **sides,
+            "output": self.output,
+            "exact": self.plan.exact,
+            "inexact_nodes": list(self.plan.inexact_nodes),
+        }
 
 
 def prune(
@@ -78,25 +86,12 @@ def prune(
     result = PruneResult(
         (cost.macs(everything), cost.macs(alive)), (cost.params(everything), cost.params(alive)), done, str(output)
     )
-    # The plan names the digest of the baseline, so that is made first, beside the output when nobody wants to keep it.
-    keep = Path(baseline) if baseline is not None else Path(output)
-    save_model(normal, keep) if baseline is not None else None
-    save_model(pruned, Path(output))
+    if baseline is not None:
+        save_model(normal, Path(baseline))
     if plan is not None:
-        write_json(Path(plan), done.to_json(sha256(Path(baseline)) if baseline is not None else sha256(Path(model))))
+        write_json(Path(plan), done.to_json(hashlib.sha256(to_bytes(normal)).hexdigest()))
+    save_model(pruned, Path(output))
     return result
-
-
-def prunable(model: Any, name: str, granularity: Granularity = "auto") -> Units:
-    """The units of a normalised model. Raises `ModelError` with the reasons when nothing can be pruned."""
-    units = find_units(analyse(model, granularity))
-    if not any(len(group.units) > 1 for group in units.groups):
-        reasons = sorted({lock.reason for lock in units.solution.lock_reasons().values()})
-        raise ModelError(
-            f"{name}: nothing can be pruned: {'; '.join(reasons[:4]) or 'it has no channels'}. "
-            "'onnxprune inspect' lists what is locked and why"
-        )
-    return units
 
 
 def _share_of_all(units: Units, scores: np.ndarray[Any, Any], ratio: float, rounding: Rounding) -> np.ndarray[Any, Any]:

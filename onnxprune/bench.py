@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,17 +11,19 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import psutil
 from numpy.typing import NDArray
 
 from onnxprune.data import random_inputs
 from onnxprune.errors import UsageError
 from onnxprune.evaluate import Batch, run_session, session_options
-from onnxprune.model import open_model, open_session
+from onnxprune.model import external_files, open_model, open_session
 
 WARM_UP = 5
 FEWEST_RUNS = 20
 MOST_RUNS = 2000
 RESAMPLES = 2000
+BLOCKS = 20
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """One model on one execution provider. `memory_bytes` is the peak that loading and running it adds."""
+    """One model on one execution provider. `memory_bytes` is what loading and running it adds."""
 
     model: str
     provider: str
@@ -75,7 +76,9 @@ def find_providers(names: Sequence[str]) -> list[str]:
     for name in names:
         key = name.removesuffix("ExecutionProvider").lower()
         if key not in short:
-            raise UsageError(f"execution provider {name!r} isn't in this onnxruntime; it has: {', '.join(sorted(short))}")
+            raise UsageError(
+                f"execution provider {name!r} isn't in this onnxruntime; it has: {', '.join(sorted(short))}"
+            )
         found.append(short[key])
     return found
 
@@ -105,7 +108,7 @@ def bench_models(
                     provider,
                     Latency(float(np.median(row)) * 1e3, float(np.quantile(row, 0.9)) * 1e3, len(row)),
                     compare(times[0], row),
-                    peak_memory(path, inputs, threads),
+                    added_memory(path, inputs, threads),
                     model_bytes(path),
                 )
             )
@@ -132,16 +135,22 @@ def _interleave(
 
 
 def compare(first: NDArray[np.float64], other: NDArray[np.float64], seed: int = 0) -> Comparison:
-    """The ratio of medians, first over other, and its 95 % interval by bootstrap over the interleaved turns."""
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(first), (RESAMPLES, len(first)))
-    ratios = np.median(first[picks], axis=1) / np.median(other[picks], axis=1)
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return Comparison(float(np.median(first) / np.median(other)), float(low), float(high))
+    """The ratio of medians, first over other, and its 95 % interval.
+
+    The interval is a bootstrap over blocks of neighbouring turns: single runs depend on their neighbours (clock, cache,
+    other processes), so resampling them one by one would promise too much.
+    """
+    blocks = min(BLOCKS, len(first))
+    pairs = zip(np.array_split(first, blocks), np.array_split(other, blocks), strict=True)
+    ratios = np.array([np.median(a) / np.median(b) for a, b in pairs])
+    picks = np.random.default_rng(seed).integers(0, blocks, (RESAMPLES, blocks))
+    low, high = np.quantile(np.mean(ratios[picks], axis=1), (0.025, 0.975))
+    speedup = float(np.median(first) / np.median(other))
+    return Comparison(speedup, float(min(low, speedup)), float(max(high, speedup)))
 
 
-def peak_memory(path: Path, inputs: Batch, threads: int | None = None) -> int:
-    """Bytes that loading and running a model once adds to the peak memory of a process of its own."""
+def added_memory(path: Path, inputs: Batch, threads: int | None = None) -> int:
+    """Bytes that loading and running a model once adds to the resident memory of a process of its own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_memory, args=(str(path), dict(inputs), threads, sender), daemon=True)
@@ -151,13 +160,13 @@ def peak_memory(path: Path, inputs: Batch, threads: int | None = None) -> int:
 
 
 def _measure_memory(path: str, inputs: dict[str, Any], threads: int | None, sender: Any) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run_session(open_session(path, session_options(threads)), inputs)
-    sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    session = open_session(path, session_options(threads))
+    run_session(session, inputs)
+    sender.send(max(0, process.memory_info().rss - before))
 
 
 def model_bytes(path: Path) -> int:
     """Bytes on disk of a model, external data included."""
-    from onnxprune.model import external_files
-
     return path.stat().st_size + sum(file.stat().st_size for file in external_files(path))

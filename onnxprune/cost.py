@@ -61,6 +61,11 @@ class Cost:
         if first is not None and first.shape is not None and not isinstance(first.shape[0], int):
             self._batch = next(iter(dynamic_sizes(units.model, 0).values()))
 
+    @property
+    def measures(self) -> dict[str, Callable[[Alive], int]]:
+        """The costs that a target can name."""
+        return {"macs": self.macs, "params": self.params, "size": self.bytes}
+
     def macs(self, alive: Alive) -> int:
         """Multiply-accumulates of one run at batch size 1 (or the model's own fixed batch)."""
         size = self._sizes(alive)
@@ -77,7 +82,7 @@ class Cost:
         return round(sum(math.prod(size(value) or ()) * width for value, width, _ in self._parameters))
 
     def of_units(self, units: Units) -> NDArray[np.float64]:
-        """The MACs that go with one unit of each component's group, as a share of all; of parameters where MACs don't."""
+        """The share of all MACs that one unit of each component's group takes; of the parameters, where none."""
         everything = np.ones(units.count, bool)
         total, params = self.macs(everything), self.params(everything)
         shares = np.ones(units.count)

@@ -138,11 +138,11 @@ def _from_folder(path: Path, model: ir.Model, options: ImageOptions) -> dict[str
     first, second, channels = (2, 3, 1) if options.layout == "nchw" else (1, 2, 3)
     size = options.size
     if size is None and len(shape) == 4 and isinstance(shape[first], int) and isinstance(shape[second], int):
-        size = (int(shape[first]), int(shape[second]))  # type: ignore[arg-type]
+        size = (int(str(shape[first])), int(str(shape[second])))
     if size is None or len(shape) != 4:
         raise DataError(f"{path}: the image size can't be read off input {value.name!r}; give --size HEIGHT WIDTH")
     mode = "L" if shape[channels] == 1 else "RGB"
-    mean, std = np.float32(options.mean), np.float32(options.std)
+    mean, std = np.array(options.mean, np.float32), np.array(options.std, np.float32)
     stack = np.empty((len(files), *size, 1 if mode == "L" else 3), np.float32)
     for index, (file, _) in enumerate(files):
         try:
@@ -212,12 +212,11 @@ def _check_labels(labels: Array, model: ir.Model, source: str) -> None:
     if labels.dtype.kind not in "iu":
         raise DataError(f"{where} is {labels.dtype}; give class indices (int64) or float targets")
     shape = model.graph.outputs[0].shape
-    classes = shape[-1] if shape is not None and len(shape) else None
-    top = int(labels.max(initial=0))
-    if labels.size and (labels.min() < 0 or (isinstance(classes, int) and top >= classes)):
-        raise DataError(
-            f"{where} goes from {labels.min()} to {top}, but the model has {classes} classes (0 to {int(classes or 0) - 1})"  # type: ignore[call-overload]
-        )
+    last = shape[-1] if shape is not None and len(shape) else None
+    classes = last if isinstance(last, int) else None
+    if labels.size and (labels.min() < 0 or (classes is not None and labels.max() >= classes)):
+        known = f"0 to {classes - 1}" if classes is not None else "0 or more"
+        raise DataError(f"{where} goes from {labels.min()} to {labels.max()}, but the model's classes are {known}")
 
 
 def fixed_batch(model: ir.Model) -> int | None:
@@ -264,7 +263,9 @@ def random_dataset(model: ir.Model, count: int, seed: int) -> Dataset:
     return Dataset({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, None)
 
 
-def as_dataset(source: str | Mapping[str, Array] | Iterable[Any], model: ir.Model, images: ImageOptions | None) -> Dataset:
+def as_dataset(
+    source: str | Mapping[str, Array] | Iterable[Any], model: ir.Model, images: ImageOptions | None
+) -> Dataset:
     """A `Dataset` from what a caller of the Python API may give: a source as for `load_data`, or a dict of arrays."""
     if isinstance(source, str | os.PathLike):
         return load_data(str(source), model, images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -38,7 +38,9 @@ def run_session(session: InferenceSession, inputs: Batch) -> list[Array]:
     """The outputs of one run of an open session. Raises `ModelError` with the reason when it fails."""
     names = {value.name for value in session.get_inputs()}
     try:
-        return list(session.run(None, {name: array for name, array in inputs.items() if name in names}))
+        return cast(
+            list[Array], list(session.run(None, {name: array for name, array in inputs.items() if name in names}))
+        )
     except Exception as error:  # onnxruntime raises a dozen unrelated types here
         raise ModelError(f"onnxruntime failed to run the model: {str(error).splitlines()[0]}") from error
 
@@ -89,7 +91,9 @@ class Metric:
 
 def _rows(array: Array) -> NDArray[np.float64]:
     """Class scores as (positions, classes)."""
-    return array.astype(np.float64).reshape(-1, array.shape[-1]) if array.ndim > 1 else array.astype(np.float64)[:, None]
+    return (
+        array.astype(np.float64).reshape(-1, array.shape[-1]) if array.ndim > 1 else array.astype(np.float64)[:, None]
+    )
 
 
 def _top(k: int) -> Callable[[list[Array], Array | None, list[Array]], float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import onnx
 import onnx_ir as ir
 import onnxsim
@@ -12,7 +14,14 @@ from onnxprune.evaluate import relative_difference, run_model
 from onnxprune.model import to_bytes
 from onnxprune.normalise import TOLERANCE, native_output_hidden
 
-KEEP = ["fuse_matmul_add_bias_into_gemm", "fuse_matmul_add_bias_into_gemm_batched", "fuse_qkv", "fuse_attention", "fuse_gqa", "fuse_rope"]
+KEEP = [
+    "fuse_matmul_add_bias_into_gemm",
+    "fuse_matmul_add_bias_into_gemm_batched",
+    "fuse_qkv",
+    "fuse_attention",
+    "fuse_gqa",
+    "fuse_rope",
+]
 
 
 def finalise(model: ir.Model) -> ir.Model:
@@ -20,7 +29,7 @@ def finalise(model: ir.Model) -> ir.Model:
     try:
         with native_output_hidden():
             proto, _ = onnxsim.simplify(onnx.load_from_string(to_bytes(model)), skipped_optimizers=KEEP)
-        result = ir.from_proto(proto)
+        result = cast(ir.Model, ir.from_proto(proto))
         common.DeduplicateInitializersPass()(result)
         common.RemoveUnusedNodesPass()(result)
         inputs = random_inputs(model, seed=0)

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import checker
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from onnxruntime import InferenceSession, SessionOptions
@@ -105,8 +105,8 @@ def _all_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
 
 
 def _tensor_bytes(tensor: onnx.TensorProto) -> int:
-    bits: int = ir.DataType(tensor.data_type).bitwidth
-    return (math.prod(tensor.dims) * bits + 7) // 8
+    bits = int(ir.DataType(tensor.data_type).bitwidth)
+    return int(math.prod(tensor.dims) * bits + 7) // 8
 
 
 def _first_line(error: Exception) -> str:

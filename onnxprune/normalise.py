@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import onnx
@@ -110,12 +111,10 @@ def _fold_constants(model: ir.Model) -> ir.Model:
     proto = onnx.load_from_string(to_bytes(model))
     try:
         with native_output_hidden():
-            folded, _ = onnxsim.simplify(
-                proto, perform_optimization=False, skipped_optimizers=["fuse_bn_into_conv"]
-            )
+            folded, _ = onnxsim.simplify(proto, perform_optimization=False, skipped_optimizers=["fuse_bn_into_conv"])
     except Exception:  # folding is a convenience: without it less may be prunable, nothing is wrong
         return model
-    return ir.from_proto(folded)
+    return cast(ir.Model, ir.from_proto(folded))
 
 
 @contextlib.contextmanager

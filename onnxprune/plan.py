@@ -24,7 +24,7 @@ class Removal:
 
     def kept(self) -> list[int]:
         """The positions that stay."""
-        return np.setdiff1d(np.arange(self.size), self.removed).tolist()
+        return [int(i) for i in np.setdiff1d(np.arange(self.size), self.removed)]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,9 @@ def reestimate_batch_norm(model: ir.Model, data: Dataset, threads: int | None = 
     outputs, totals, count = len(model.graph.outputs), np.zeros(0), 0
     for batch in batches(data.take(slice(0, min(SAMPLES, len(data) // size * size))), size):
         found = [array.astype(np.float64) for array in run_session(session, batch)[outputs:]]
-        sums = np.concatenate([np.stack([mean, variance + mean**2]) for mean, variance in zip(found[::2], found[1::2], strict=True)], 1)
+        sums = np.concatenate(
+            [np.stack([mean, variance + mean**2]) for mean, variance in zip(found[::2], found[1::2], strict=True)], 1
+        )
         totals, count = totals + sums if count else sums, count + 1
     at = 0
     for node in nodes:

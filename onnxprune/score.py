@@ -104,9 +104,18 @@ def weight_values(model: ir.Model) -> Iterator[ir.Value]:
     for node in model.graph:
         if node.op_type in WEIGHTED:
             at = WEIGHTED[node.op_type]
-            wanted = node.inputs if at is None else node.inputs[at : at + (2 if node.op_type in ("GRU", "LSTM", "RNN") else 1)]
+            wanted = (
+                node.inputs
+                if at is None
+                else node.inputs[at : at + (2 if node.op_type in ("GRU", "LSTM", "RNN") else 1)]
+            )
             for value in wanted:
-                if value is not None and value.is_initializer() and value.dtype is not None and value.dtype.is_floating_point():
+                if (
+                    value is not None
+                    and value.is_initializer()
+                    and value.dtype is not None
+                    and value.dtype.is_floating_point()
+                ):
                     yield value
 
 

@@ -43,7 +43,7 @@ def survivors_by_share(units: Units, scores: Scores, share: float, rounding: Rou
     """What survives when `share` of the units of each group goes, lowest scores first."""
     alive = np.ones(units.count, bool)
     for group in units.groups:
-        removed = min(int(math.floor(share * len(group.units) + 0.5)), int(np.isfinite(scores[group.units]).sum()))
+        removed = min(math.floor(share * len(group.units) + 0.5), int(np.isfinite(scores[group.units]).sum()))
         keep_best(alive, group, scores, round_up(group, len(group.units) - removed, rounding.of(group)))
     return alive
 

@@ -218,9 +218,7 @@ def add_initializer(model: ir.Model, name: str, array: NDArray[Any]) -> ir.Value
         count += 1
         unique = f"{name}.{count}"
     tensor = ir.tensor(np.asarray(array, order="C"), name=unique)
-    value = ir.Value(
-        name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
+    value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
 
@@ -298,7 +296,7 @@ def _shape_vector(model: ir.Model, node: ir.Node, dims: list[int | None], shapes
         sized.outputs[0].name = f"{node.outputs[0].name}.shape{axis}"
         parts.append(sized.outputs[0])
     if all(part.is_initializer() for part in parts):
-        array = np.array([dim for dim in dims], np.int64)
+        array = np.array(list(dims), np.int64)
         return add_initializer(model, f"{node.outputs[0].name}.target", array)
     joined = ir.node("Concat", parts, {"axis": 0}, name=f"{node.name}.target")
     model.graph.insert_before(node, joined)

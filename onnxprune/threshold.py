@@ -15,12 +15,13 @@ from onnxprune.score import Scores
 
 REACH = 12.0  # points lost before fine-tuning for each point allowed after it: what tuning was seen to win back
 PATIENCE = 2  # rounds rolled back in a row before a run stops
+EVALUATIONS = 8  # cuts tried and measured when a threshold is bisected
 LEAST_GAIN = 0.02  # share of MACs that a round must save to be worth it
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a round did: the threshold, the points lost against the uncut model, the loss, and whether it was kept.
+    """What a round did: the threshold, the points lost against the uncut model, the loss, whether it was kept.
 
     `progress` is how far its cut went on the way to the targets, 0 to 1, on a logarithmic scale.
     """
@@ -33,7 +34,7 @@ class Outcome:
 
 
 def initial_tau(scores: Scores) -> float:
-    """Mean minus one standard deviation of the finite scores (Guo et al. 2016, Dynamic Network Surgery, section 3.2)."""
+    """Mean minus one standard deviation of the scores (Guo et al. 2016, Dynamic Network Surgery, section 3.2)."""
     finite = scores[np.isfinite(scores)]
     if not len(finite):
         return 0.0
@@ -57,7 +58,9 @@ def reach(history: Sequence[Outcome], allowed: float, tuned: bool) -> float:
     return allowed * (max(REACH / 3**failures, 1.0) if tuned else 1.0)
 
 
-def bisect_tau(scores: Scores, drop_at: Callable[[float], float], allowed: float, evaluations: int = 8) -> float | None:
+def bisect_tau(
+    scores: Scores, drop_at: Callable[[float], float], allowed: float, evaluations: int = EVALUATIONS
+) -> float | None:
     """The highest threshold whose measured drop stays within `allowed`, by bisection over the ranks of the scores.
 
     `drop_at(tau)` cuts, repairs and measures; it is called at most `evaluations` times and is monotone up to noise.

@@ -9,7 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxprune.labels import Solution
+from onnxprune.errors import ModelError
+from onnxprune.labels import Solution, analyse
+from onnxprune.labels.solve import Granularity
 from onnxprune.model import constant
 
 
@@ -123,6 +125,18 @@ def _aligned(solution: Solution, index: NDArray[np.int64], count: int) -> NDArra
                         if vector is not None:
                             aligned[index[vector][index[vector] >= 0]] = True
     return aligned
+
+
+def prunable(model: ir.Model, name: str, granularity: Granularity = "auto") -> Units:
+    """The units of a normalised model. Raises `ModelError` with the reasons when nothing can be pruned."""
+    units = find_units(analyse(model, granularity))
+    if not any(len(group.units) > 1 for group in units.groups):
+        reasons = sorted({lock.reason for lock in units.solution.lock_reasons().values()})
+        raise ModelError(
+            f"{name}: nothing can be pruned: {'; '.join(reasons[:4]) or 'it has no channels'}. "
+            "'onnxprune inspect' lists what is locked and why"
+        )
+    return units
 
 
 def weight_matrix(value: ir.Value) -> NDArray[np.float64]:

@@ -15,7 +15,9 @@ from onnxprune.data import random_inputs
 from onnxprune.errors import ModelError
 from onnxprune.evaluate import relative_difference, run_model
 from onnxprune.plan import Plan
-from onnxprune.shapes import add_initializer
+from onnxprune.shapes import add_initializer, infer_shapes
+
+TOLERANCE = 1e-4  # relative; far above float32 rounding, far below any real mistake
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,6 @@ def _float_type(model: ir.Model) -> np.dtype[np.generic]:
 
 def mask_oracle(baseline: ir.Model, pruned: ir.Model, plan: Plan, seeds: tuple[int, ...] = (0, 1, 2)) -> OracleResult:
     """Compares the pruned model with the masked baseline on signed random inputs, one set for each seed."""
-    from onnxprune.shapes import infer_shapes
-
     shapes = infer_shapes(baseline)
     for node in baseline.graph:
         for value in node.outputs:
@@ -102,3 +102,13 @@ def mask_oracle(baseline: ir.Model, pruned: ir.Model, plan: Plan, seeds: tuple[i
         pairs = zip(run_model(masked, inputs), run_model(pruned, inputs), strict=True)
         worst = max([worst, *(relative_difference(a, b) for a, b in pairs)])
     return OracleResult(worst, plan.exact)
+
+
+def check_cut(before: ir.Model, after: ir.Model, plan: Plan) -> None:
+    """Raises `ModelError` when a cut doesn't run, or an exact one differs from the mask oracle."""
+    result = mask_oracle(before, after, plan, seeds=(0,))
+    if plan.exact and not result.difference <= TOLERANCE:
+        raise ModelError(
+            f"the cut model differs from the masked one by {result.difference:.1e}, which is a fault of onnxprune: "
+            "nothing was written; please report the model"
+        )

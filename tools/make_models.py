@@ -123,7 +123,12 @@ class RowGRU(nn.Module):
         return self.head(self.gru(x.squeeze(1))[0][:, -1])
 
 
-MODELS = {"digits_resnet": (ResidualCNN, 60), "digits_mlp": (MLP, 100), "digits_vit": (ViT, 200), "digits_gru": (RowGRU, 150)}
+MODELS = {
+    "digits_resnet": (ResidualCNN, 60),
+    "digits_mlp": (MLP, 100),
+    "digits_vit": (ViT, 200),
+    "digits_gru": (RowGRU, 150),
+}
 
 
 def digits() -> tuple[np.ndarray, ...]:
@@ -197,8 +202,9 @@ def write_readme(out: Path, rows: list[tuple]) -> None:
         "",
         "Small real models, trained by `python tools/make_models.py models` "
         f"(PyTorch {torch.__version__}, seed {SEED}, AdamW) on the handwritten digits that come with",
-        "scikit-learn (UCI ML hand-written digits, CC BY 4.0): `digits.npz` holds 1,257 training images, `digits_test.npz`",
-        "540 test images that training never saw; `input` is float32 (N,1,8,8) in [0,1], `labels` int64.",
+        "scikit-learn (UCI ML hand-written digits, CC BY 4.0): `digits.npz` holds 1,257 training images,",
+        "`digits_test.npz` 540 test images that training never saw; `input` is float32 (N,1,8,8) in [0,1], `labels`",
+        "int64.",
         "",
         "| file | what | parameters | bytes | top-1 on the test images, % |",
         "|---|---|---|---|---|",

@@ -16,10 +16,16 @@ from onnxprune.cli.output import print_json, show
 @click.argument("models", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--ep", multiple=True, default=("cpu",), metavar="NAME", help="Execution providers; repeatable.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of onnxruntime.")
-@click.option("--batch", type=click.IntRange(1), default=1, metavar="N", help="Samples in a run, where the model lets you choose.")
-@click.option("--seconds", type=click.FloatRange(0.1), default=5.0, metavar="F", help="How long to time on each provider.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=1, metavar="N", help="Samples in a run, where the model lets you choose."
+)
+@click.option(
+    "--seconds", type=click.FloatRange(0.1), default=5.0, metavar="F", help="How long to time on each provider."
+)
 @with_json
-def bench_command(models: tuple[Path, ...], ep: tuple[str, ...], threads: int | None, batch: int, seconds: float, as_json: bool) -> int:
+def bench_command(
+    models: tuple[Path, ...], ep: tuple[str, ...], threads: int | None, batch: int, seconds: float, as_json: bool
+) -> int:
     """Times MODELS on random inputs: one process, interleaved runs; each is compared with the first."""
     results = bench_models(models, ep, threads, batch, seconds)
     if as_json:

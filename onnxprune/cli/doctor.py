@@ -10,7 +10,7 @@ from rich.table import Table
 
 from onnxprune.cli.options import with_json
 from onnxprune.cli.output import print_json, say, show
-from onnxprune.pipeline import versions
+from onnxprune.report import versions
 from onnxprune.training import find_runtime, install_runtime, supported
 
 
@@ -25,7 +25,13 @@ def doctor_command(install_training: str | None, as_json: bool) -> int:
     if install_training is not None:
         install_runtime(Path(install_training) if install_training else None, say)
     runtime = find_runtime()
-    state = str(runtime) if runtime else "not installed yet: comes when first needed" if supported() else "no wheel for this platform"
+    state = (
+        str(runtime)
+        if runtime
+        else "not installed yet: comes when first needed"
+        if supported()
+        else "no wheel for this platform"
+    )
     found = {
         "versions": versions(),
         "execution_providers": onnxruntime.get_available_providers(),

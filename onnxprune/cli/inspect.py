@@ -15,7 +15,12 @@ from onnxprune.cli.output import print_json, say, show
 
 @click.command("inspect", short_help="What can be pruned, and why the rest can't.")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--granularity", type=click.Choice(["auto", "rows", "columns"]), default="auto", help="Heads and groups: whole (rows) or thinner (columns).")
+@click.option(
+    "--granularity",
+    type=click.Choice(["auto", "rows", "columns"]),
+    default="auto",
+    help="Heads and groups: whole (rows) or thinner (columns).",
+)
 @with_json
 def inspect_command(model: Path, granularity: str, as_json: bool) -> int:
     """Lists the groups of coupled units in MODEL, what they govern, and what is locked with the reason."""
@@ -27,14 +32,22 @@ def inspect_command(model: Path, granularity: str, as_json: bool) -> int:
     show(_locks(found))
     say(
         f"{found.macs:,} MACs and {found.params:,} parameters; with one unit left in every group "
-        f"{100 * found.reachable_macs:.0f} % of the MACs and {100 * found.reachable_params:.0f} % of the parameters would go"
+        f"{100 * found.reachable_macs:.0f} % of the MACs and {100 * found.reachable_params:.0f} % of the parameters go"
     )
     return 0
 
 
 def _groups(found: Inspection) -> Table:
     table = Table(title=f"{len(found.groups)} groups that can be pruned")
-    for name, justify in (("group", "left"), ("kind", "left"), ("units", "right"), ("MACs governed", "right"), ("parameters governed", "right"), ("tensors", "right"), ("exact", "left")):
+    for name, justify in (
+        ("group", "left"),
+        ("kind", "left"),
+        ("units", "right"),
+        ("MACs governed", "right"),
+        ("parameters governed", "right"),
+        ("tensors", "right"),
+        ("exact", "left"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for group in found.groups:
         table.add_row(

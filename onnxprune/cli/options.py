@@ -50,7 +50,9 @@ def options(listed: Sequence[Callable[[F], F]]) -> Callable[[F], F]:
 
 def with_json(function: F) -> F:
     """Adds --json."""
-    return click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr.")(function)
+    return click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, all else on stderr.")(
+        function
+    )
 
 
 def image_options(given: dict[str, Any]) -> ImageOptions:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from onnxprune.pipeline import Listener
+from onnxprune.progress import Listener
 from onnxprune.report import Report, Side
 
 QUIET_SECONDS = 15  # between lines when stderr is not a terminal
@@ -40,8 +40,12 @@ class TerminalListener(Listener):
         self.console = Console(stderr=True, soft_wrap=True)
         self.live = sys.stderr.isatty()
         columns = (
-            TextColumn("{task.description}"), BarColumn(20), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.live)
         self.task = self.bar.add_task("", total=None)
         self.phase, self.started, self.told = "", time.monotonic(), time.monotonic()
@@ -50,7 +54,9 @@ class TerminalListener(Listener):
         self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bar.stop()
 
     def stage(self, text: str) -> None:
@@ -93,7 +99,12 @@ def before_after(report: Report) -> Table:
     a, b = report.baseline, report.pruned
     table.add_row("MACs", f"{a.macs:,}", f"{b.macs:,}", share(a.macs, b.macs))
     table.add_row("parameters", f"{a.params:,}", f"{b.params:,}", share(a.params, b.params))
-    table.add_row("size on disk, kB", f"{a.size_bytes / 1e3:,.0f}", f"{b.size_bytes / 1e3:,.0f}", share(a.size_bytes, b.size_bytes))
+    table.add_row(
+        "size on disk, kB",
+        f"{a.size_bytes / 1e3:,.0f}",
+        f"{b.size_bytes / 1e3:,.0f}",
+        share(a.size_bytes, b.size_bytes),
+    )
     _metric_rows(table, report, a, b)
     for provider, before in a.latency_ms.items():
         after, ratio = b.latency_ms[provider], report.speedup[provider]
@@ -101,9 +112,9 @@ def before_after(report: Report) -> Table:
         faster = f"{ratio['speedup']:.2f}x faster ({ratio['low']:.2f} to {ratio['high']:.2f})"
         table.add_row(f"latency on {name}, ms, median", f"{before['median']:.3f}", f"{after['median']:.3f}", faster)
         table.add_row(f"latency on {name}, ms, p90", f"{before['p90']:.3f}", f"{after['p90']:.3f}", "")
-        if provider in a.memory_bytes and a.memory_bytes[provider]:
+        if a.memory_bytes.get(provider):
             x, y = a.memory_bytes[provider], b.memory_bytes[provider]
-            table.add_row(f"peak memory on {name}, MB", f"{x / 1e6:.1f}", f"{y / 1e6:.1f}", share(x, y))
+            table.add_row(f"memory on {name}, MB", f"{x / 1e6:.1f}", f"{y / 1e6:.1f}", share(x, y))
     return table
 
 

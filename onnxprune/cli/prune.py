@@ -17,14 +17,23 @@ from onnxprune.score import CRITERIA
 @click.command("prune", short_help="One cut by weights, without data.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The pruned model.")
-@click.option("--ratio", type=float, required=True, help="Share of each group's units to remove (of all, with --scope global).")
+@click.option(
+    "--ratio", type=float, required=True, help="Share of each group's units to remove (of all, with --scope global)."
+)
 @click.option("--criterion", type=click.Choice(list(CRITERIA)), default="l2", help="How units are scored.")
 @click.option("--scope", type=click.Choice(SCOPES), default="layer", help="What units are compared with.")
 @click.option("--round-to", type=ROUND_TO, default="1", metavar="N|auto", help="Widths are rounded up to a multiple.")
-@click.option("--granularity", type=click.Choice(["auto", "rows", "columns"]), default="auto", help="Heads and groups: whole (rows) or thinner (columns).")
+@click.option(
+    "--granularity",
+    type=click.Choice(["auto", "rows", "columns"]),
+    default="auto",
+    help="Heads and groups: whole (rows) or thinner (columns).",
+)
 @click.option("--seed", type=int, default=0, help="For --criterion random.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Write what was removed as JSON.")
-@click.option("--baseline", type=click.Path(path_type=Path), help="Write the normalised model whose names the plan uses.")
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), help="Write the normalised model whose names the plan uses."
+)
 @with_json
 def prune_command(model: Path, as_json: bool, **given: Any) -> int:
     """Removes the least important units of MODEL, judged by its weights alone."""

@@ -10,33 +10,61 @@ import click
 from onnxprune.cli.options import IMAGE_OPTIONS, ROUND_TO, SCOPES, image_options, options, with_json
 from onnxprune.cli.output import TerminalListener, print_json, report_tables, say, show
 from onnxprune.errors import TargetError
-from onnxprune.pipeline import RunOptions, run
+from onnxprune.options import RunOptions
+from onnxprune.pipeline import run
 from onnxprune.report import Report
 from onnxprune.score import CRITERIA
 
 RUN_OPTIONS = [
-    click.option("-o", "--output", type=click.Path(path_type=Path), help="The pruned model.  [default: MODEL.pruned.onnx]"),
+    click.option(
+        "-o", "--output", type=click.Path(path_type=Path), help="The pruned model.  [default: MODEL.pruned.onnx]"
+    ),
     click.option("--data", help="Calibration and training data: .npz, folder of images, or module:function."),
     click.option("--eval-data", help="Data to measure on; without it a fifth of --data is held back."),
     click.option("--target-macs", type=float, metavar="F", help="Share of the MACs that may remain, such as 0.5."),
     click.option("--target-params", type=float, metavar="F", help="Share of the parameters that may remain."),
     click.option("--target-size", type=float, metavar="F", help="Share of the bytes of the weights that may remain."),
-    click.option("--max-drop", type=float, metavar="P", help="Points of the metric that may be lost.  [default: 1 without a target]"),
-    click.option("--rounds", type=int, metavar="N", help="Rounds of cutting and tuning.  [default: 1 to a target, else 4]"),
-    click.option("--epochs", type=int, metavar="N", help="Epochs of fine-tuning in each round.  [default: about 1,000 steps]"),
+    click.option(
+        "--max-drop",
+        type=float,
+        metavar="P",
+        help="Points of the metric that may be lost.  [default: 1 without a target]",
+    ),
+    click.option(
+        "--rounds", type=int, metavar="N", help="Rounds of cutting and tuning.  [default: 1 to a target, else 4]"
+    ),
+    click.option(
+        "--epochs", type=int, metavar="N", help="Epochs of fine-tuning in each round.  [default: about 1,000 steps]"
+    ),
     click.option("--lr", type=float, default=2e-3, metavar="F", help="Peak learning rate of AdamW."),
     click.option("--criterion", type=click.Choice(list(CRITERIA)), default="l2", help="How units are scored."),
     click.option("--scope", type=click.Choice(SCOPES), default="global", help="What units are compared with."),
-    click.option("--granularity", type=click.Choice(["auto", "rows", "columns"]), default="auto", help="Heads and groups: whole (rows) or thinner (columns)."),
-    click.option("--round-to", type=ROUND_TO, default="auto", metavar="N|auto", help="Widths are rounded up to a multiple."),
+    click.option(
+        "--granularity",
+        type=click.Choice(["auto", "rows", "columns"]),
+        default="auto",
+        help="Heads and groups: whole (rows) or thinner (columns).",
+    ),
+    click.option(
+        "--round-to", type=ROUND_TO, default="auto", metavar="N|auto", help="Widths are rounded up to a multiple."
+    ),
     click.option("--metric", metavar="NAME", help="topK, mse, mae, cosine, kl, agreement or module:function."),
-    click.option("--controller", type=click.Choice(["bisect", "published"]), default="bisect", help="How the threshold moves when --max-drop decides."),
-    click.option("--ep", multiple=True, default=("cpu",), metavar="NAME", help="Execution providers to benchmark on; repeatable."),
+    click.option(
+        "--controller",
+        type=click.Choice(["bisect", "published"]),
+        default="bisect",
+        help="How the threshold moves when --max-drop decides.",
+    ),
+    click.option(
+        "--ep", multiple=True, default=("cpu",), metavar="NAME", help="Execution providers to benchmark on; repeatable."
+    ),
     click.option("--threads", type=int, metavar="N", help="Threads of onnxruntime and of training."),
     click.option("--seed", type=int, default=0, metavar="N", help="Decides everything random."),
-    click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run keeps its files.  [default: OUTPUT.onnxprune]"),
+    click.option(
+        "--run-dir", type=click.Path(path_type=Path), help="Where the run keeps its files.  [default: OUTPUT.onnxprune]"
+    ),
     click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same command."),
-]  # fmt: skip
+]
 
 
 @click.command("run", short_help="Prune, repair, fine-tune, check and benchmark.")

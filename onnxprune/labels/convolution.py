@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import onnx_ir as ir
 
 from onnxprune.labels.flow import Flow, Vector, given, integer, resize, rule
+
+if TYPE_CHECKING:
+    from onnxprune.cut import Cut
 
 SPACE = "a spatial axis"
 
@@ -77,7 +82,7 @@ def unknown_weight(flow: Flow, node: ir.Node) -> None:
 
 
 @resize("Conv", "ConvTranspose")
-def resize_group(cut, node: ir.Node) -> None:  # type: ignore[no-untyped-def]
+def resize_group(cut: Cut, node: ir.Node) -> None:
     """The number of groups follows from the channels that are left."""
     if (groups := integer(node, "group", 1)) > 1:
         before, after = cut.size_before(node.inputs[0], 1), cut.size(node.inputs[0], 1)
@@ -111,7 +116,7 @@ def resample(flow: Flow, node: ir.Node) -> None:
 
 
 @resize("Resize")
-def resize_sizes(cut, node: ir.Node) -> None:  # type: ignore[no-untyped-def]
+def resize_sizes(cut: Cut, node: ir.Node) -> None:
     """The `sizes` input names the channel count too."""
     sizes = cut.ints(node, 3)
     if sizes is not None and len(sizes) == len(cut.axes(node.outputs[0])):

@@ -9,8 +9,8 @@ can't be cut carries None. A rule gives the axes of a node's outputs their vecto
   groups). Such a tensor must stay rectangular, so only one of the axes can be cut; the solver chooses which;
 - `inexact(a)`: cutting here changes what is left (a mean over channels), so it isn't the same as a mask.
 
-Initializers get fresh labels on all their axes when a rule first asks for them, and ties do the rest. So a rule needs no
-case for constants: a bias is tied like any other operand.
+Initializers get fresh labels on all their axes when a rule first asks for them, and ties do the rest. So a rule needs
+no case for constants: a bias is tied like any other operand.
 """
 
 from __future__ import annotations

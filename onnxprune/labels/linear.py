@@ -27,7 +27,9 @@ def matmul(flow: Flow, node: ir.Node) -> None:
     flow.give(node.outputs[0], [*batch, *outer])
 
 
-def _batch_axes(flow: Flow, vectors: tuple[tuple[Vector, ...], ...], shapes: tuple[tuple[int | None, ...], ...]) -> list[Vector]:
+def _batch_axes(
+    flow: Flow, vectors: tuple[tuple[Vector, ...], ...], shapes: tuple[tuple[int | None, ...], ...]
+) -> list[Vector]:
     rank = max(len(shape) for shape in shapes)
     result: list[Vector] = []
     for axis in range(-rank, 0):
@@ -37,7 +39,7 @@ def _batch_axes(flow: Flow, vectors: tuple[tuple[Vector, ...], ...], shapes: tup
             if len(shape) >= -axis and shape[axis] != 1
         ]
         if len(wide) == 2:
-            flow.tie(*wide)
+            flow.tie(wide[0], wide[1])
         result.append(wide[0] if wide and all(vector is not None for vector in wide) else None)
     return result
 

@@ -55,10 +55,10 @@ def local_response(flow: Flow, node: ir.Node) -> None:
 def along_axis(flow: Flow, node: ir.Node) -> None:
     """`x -> y` of the same shape, mixing one axis: that axis can't be cut."""
     x = flow.of(node.inputs[0])
-    at = (flow.ints(node, 1) or [None])[0] if node.op_type == "CumSum" else integer(node, "axis", -1)
-    if at is None:
+    named = flow.ints(node, 1) if node.op_type == "CumSum" else [integer(node, "axis", -1)]
+    if not named:
         return flow.lock_all(x, "it is summed along an axis that isn't constant")
-    axis = at % max(len(x), 1)
+    axis = named[0] % max(len(x), 1)
     flow.lock(x[axis], f"{node.op_type} works along it", node.inputs[0])
     flow.give(node.outputs[0], [None if i == axis else vector for i, vector in enumerate(x)])
 
@@ -81,7 +81,9 @@ def reduce(flow: Flow, node: ir.Node) -> None:
         elif node.op_type in LOCKING:
             flow.lock(x[axis], f"{node.op_type} works along it", node.inputs[0])
     keep = integer(node, "keepdims", 1)
-    vectors: list[Vector] = [None if axis in axes else vector for axis, vector in enumerate(x) if keep or axis not in axes]
+    vectors: list[Vector] = [
+        None if axis in axes else vector for axis, vector in enumerate(x) if keep or axis not in axes
+    ]
     flow.give(node.outputs[0], vectors)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import onnx_ir as ir
 
 from onnxprune.labels.flow import Flow, given, integer, resize, rule
+
+if TYPE_CHECKING:
+    from onnxprune.cut import Cut
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
@@ -44,6 +49,6 @@ def recurrent(flow: Flow, node: ir.Node) -> None:
 
 
 @resize("RNN", "GRU", "LSTM")
-def resize_hidden(cut, node: ir.Node) -> None:  # type: ignore[no-untyped-def]
+def resize_hidden(cut: Cut, node: ir.Node) -> None:
     """`hidden_size` is an attribute."""
     node.attributes["hidden_size"] = ir.AttrInt64("hidden_size", cut.size(node.inputs[2], 2))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxprune.labels.flow import Flow, Vector, integer, integers, resize, rule
+
+if TYPE_CHECKING:
+    from onnxprune.cut import Cut
 
 Block = tuple[list[int], list[int]]  # axes before and axes after that hold the same elements
 Pair = tuple[int, int]
@@ -26,7 +30,9 @@ def transpose(flow: Flow, node: ir.Node) -> None:
 def reshape(flow: Flow, node: ir.Node) -> None:
     """`x -> y` with the same elements in the same order: axes are matched up in blocks that hold the same elements."""
     x, before, after = flow.of(node.inputs[0]), flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
-    pairs = blocks(flow.shapes.pairs(node.inputs[0]), flow.shapes.pairs(node.outputs[0])) if before and after else None
+    source = node.inputs[0]
+    assert source is not None
+    pairs = blocks(flow.shapes.pairs(source), flow.shapes.pairs(node.outputs[0]))
     if pairs is None or before is None or after is None:
         return flow.lock_all(x, "the target of this reshape can't be followed")
     result: list[Vector] = [None] * len(after)
@@ -107,7 +113,7 @@ def split(flow: Flow, flat: Vector, sizes: Sequence[int]) -> list[Vector]:
 
 
 @resize("Reshape")
-def resize_target(cut, node: ir.Node) -> None:  # type: ignore[no-untyped-def]
+def resize_target(cut: Cut, node: ir.Node) -> None:
     """The target names sizes; 0 and -1 stay."""
     target = cut.ints(node, 1)
     if target is not None:
@@ -123,7 +129,7 @@ def expand(flow: Flow, node: ir.Node) -> None:
         return flow.lock_all(x, "the target of this Expand can't be followed")
     lead = len(after) - len(before)
     target = flow.ints(node, 1)
-    result: list[Vector] = [None] * lead + list(x)
+    result: list[Vector] = [*([None] * lead), *x]
     for axis in range(lead, len(after)):
         named = target is None and not _is_one(flow, node, axis)
         if named and result[axis] is not None:
@@ -142,12 +148,14 @@ def _is_one(flow: Flow, node: ir.Node, axis: int) -> bool:
 
 
 @resize("Expand")
-def resize_expand(cut, node: ir.Node) -> None:  # type: ignore[no-untyped-def]
+def resize_expand(cut: Cut, node: ir.Node) -> None:
     """A constant target names sizes."""
     target = cut.ints(node, 1)
     if target is not None:
         lead = len(cut.axes(node.outputs[0])) - len(target)
-        cut.set_ints(node, 1, [cut.size(node.outputs[0], axis + lead, d) if d != 1 else 1 for axis, d in enumerate(target)])
+        cut.set_ints(
+            node, 1, [cut.size(node.outputs[0], axis + lead, d) if d != 1 else 1 for axis, d in enumerate(target)]
+        )
 
 
 @rule("Tile")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxprune.labels.flow import Flow, Vector, given, integer, resize, rule, text
 from onnxprune.model import constant
+
+if TYPE_CHECKING:
+    from onnxprune.cut import Cut
 
 
 @rule("Concat")
@@ -24,14 +28,14 @@ def concat(flow: Flow, node: ir.Node) -> None:
     at = integer(node, "axis", 0) % rank
     result: list[Vector] = []
     for axis in range(rank):
-        vectors = [of[axis] for of in axes]
+        along = [of[axis] for of in axes]
         if axis == at:
-            result.append(_joined(flow, values, vectors, axis))
+            result.append(_joined(flow, values, along, axis))
             continue
-        if any(vector is not None for vector in vectors):
-            for vector in vectors[1:]:
-                flow.tie(vectors[0], vector, "another operand of this Concat can't be cut along this axis")
-        result.append(None if any(vector is None for vector in vectors) else vectors[0])
+        if any(vector is not None for vector in along):
+            for vector in along[1:]:
+                flow.tie(along[0], vector, "another operand of this Concat can't be cut along this axis")
+        result.append(None if any(vector is None for vector in along) else along[0])
     flow.give(node.outputs[0], result)
 
 
@@ -75,7 +79,7 @@ def split(flow: Flow, node: ir.Node) -> None:
 
 
 @resize("Split")
-def resize_split(cut, node: ir.Node) -> None:  # type: ignore[no-untyped-def]
+def resize_split(cut: Cut, node: ir.Node) -> None:
     """The sizes of the parts follow from what is left of each."""
     axis = integer(node, "axis", 0) % max(len(cut.axes(node.inputs[0])), 1)
     if cut.axes(node.inputs[0])[axis] is None:
@@ -125,7 +129,7 @@ def slice_bounds(flow: Flow, node: ir.Node, rank: int) -> dict[int, slice] | Non
 
 
 @resize("Slice")
-def resize_slice(cut, node: ir.Node) -> None:  # type: ignore[no-untyped-def]
+def resize_slice(cut: Cut, node: ir.Node) -> None:
     """Bounds move by what was removed before them."""
     vectors = cut.axes(node.inputs[0])
     starts, ends = cut.ints(node, 1), cut.ints(node, 2)
@@ -166,7 +170,7 @@ def pad(flow: Flow, node: ir.Node) -> None:
 
 
 @resize("Pad")
-def resize_pad(cut, node: ir.Node) -> None:  # type: ignore[no-untyped-def]
+def resize_pad(cut: Cut, node: ir.Node) -> None:
     """Padding along a cut axis shrinks to the padded positions that are left."""
     out, inside = cut.axes(node.outputs[0]), cut.axes(node.inputs[0])
     pads = cut.ints(node, 1)
@@ -203,7 +207,7 @@ def gather(flow: Flow, node: ir.Node) -> None:
 
 
 @resize("Gather")
-def resize_gather(cut, node: ir.Node) -> None:  # type: ignore[no-untyped-def]
+def resize_gather(cut: Cut, node: ir.Node) -> None:
     """Constant indices into a cut axis: those of removed positions go, the others move up."""
     vectors, picked = cut.axes(node.inputs[0]), constant(node.inputs[1])
     vector = vectors[integer(node, "axis", 0) % max(len(vectors), 1)] if vectors else None

@@ -90,7 +90,9 @@ def _captured(node: ir.Node) -> list[ir.Value]:
         graphs = (
             [attribute.as_graph()]
             if attribute.type == ir.AttributeType.GRAPH
-            else list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
+            else list(attribute.as_graphs())
+            if attribute.type == ir.AttributeType.GRAPHS
+            else []
         )
         for graph in graphs:
             for inner in graph.all_nodes():
@@ -107,9 +109,13 @@ def _solve(flow: Flow, granularity: Granularity) -> Solution:
         if not pending:
             break
         # Rectangles that share no component don't influence each other: settle one of every family at a time.
-        settled, rest, touched = [], [], np.zeros(len(locked), bool)
+        settled: list[Rectangle] = []
+        rest: list[Rectangle] = []
+        touched = np.zeros(len(locked), bool)
         for rectangle in pending:
-            members = np.unique(component[np.concatenate([rectangle.flat, *[a for a in rectangle.axes if a is not None]])])
+            members = np.unique(
+                component[np.concatenate([rectangle.flat, *[a for a in rectangle.axes if a is not None]])]
+            )
             (rest if touched[members].any() else settled).append(rectangle)
             touched[members] = True
         for rectangle in settled:
@@ -166,7 +172,9 @@ def _settle(
         elif vector is not None:
             flow.locks.append(Lock(vector, "the tensor is cut along another axis", rectangle.node, ""))
     if chosen is None:
-        flow.locks.append(Lock(rectangle.flat, "no axis of the tensor that it is reshaped to can be cut", rectangle.node, ""))
+        flow.locks.append(
+            Lock(rectangle.flat, "no axis of the tensor that it is reshaped to can be cut", rectangle.node, "")
+        )
     elif len(rectangle.sizes) == 2:
         kind = "row" if chosen == 0 else "column"
         flow.kinds.append((rectangle.axes[chosen], kind))  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ RESTARTS = 2  # of a worker that died without a word
 Progress = Callable[[dict[str, Any]], None]
 
 
-class WorkerDied(TrainingError):
+class WorkerDiedError(TrainingError):
     """The worker ended or hung without saying why; starting again from its checkpoint may help."""
 
 
@@ -80,7 +80,7 @@ def fine_tune(
             break
         try:
             _run_worker(folder, runtime, options, progress)
-        except WorkerDied as error:
+        except WorkerDiedError as error:
             if attempt == RESTARTS:
                 raise
             progress({"event": "note", "message": f"{error}; starting it again from its last checkpoint"})
@@ -91,7 +91,12 @@ def fine_tune(
 
 
 def _prepare(
-    model: ir.Model, teacher: ir.Model, data: Dataset, folder: Path, options: TrainingOptions, augmentation: dict[str, Any]
+    model: ir.Model,
+    teacher: ir.Model,
+    data: Dataset,
+    folder: Path,
+    options: TrainingOptions,
+    augmentation: dict[str, Any],
 ) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -170,13 +175,15 @@ def _watch(process: subprocess.Popen[bytes], patience: float, progress: Progress
             line = events.get(timeout=1)
         except queue.Empty:
             if time.monotonic() - last > patience:
-                raise WorkerDied(f"the training worker said nothing for {patience:.0f} s and was stopped") from None
+                raise WorkerDiedError(
+                    f"the training worker said nothing for {patience:.0f} s and was stopped"
+                ) from None
             continue
         last = time.monotonic()
         if line is None:
             code = process.wait()
             reason = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-            raise WorkerDied(f"the training worker died ({reason}); see {folder / 'worker.log'}")
+            raise WorkerDiedError(f"the training worker died ({reason}); see {folder / 'worker.log'}")
         try:
             event = json.loads(line)
         except ValueError:

@@ -206,11 +206,24 @@ def _average_pool(lower: Lowerer, node: ir.Node) -> None:
         lower.replace(node, "GlobalAveragePool", [x])
         return
     channels, pads = before[1] or 1, integers(node, "pads") or [0] * (2 * len(kernel))
-    if integer(node, "ceil_mode", 0) or "auto_pad" in node.attributes and node.attributes["auto_pad"].as_string() not in ("", "NOTSET"):
-        raise TrainingError(f"node {node.name!r}: AveragePool with ceil_mode or auto_pad can't be fine-tuned; use --epochs 0")
+    if integer(node, "ceil_mode", 0) or (
+        "auto_pad" in node.attributes and node.attributes["auto_pad"].as_string() not in ("", "NOTSET")
+    ):
+        raise TrainingError(
+            f"node {node.name!r}: AveragePool with ceil_mode or auto_pad can't be fine-tuned; use --epochs 0"
+        )
     weight = np.ones((channels, 1, *kernel), np.float32) / np.prod(kernel)
-    strides, dilations = integers(node, "strides") or [1] * len(kernel), integers(node, "dilations") or [1] * len(kernel)
-    attributes = {"group": channels, "kernel_shape": kernel, "pads": pads, "strides": strides, "dilations": dilations}
+    strides, dilations = (
+        integers(node, "strides") or [1] * len(kernel),
+        integers(node, "dilations") or [1] * len(kernel),
+    )
+    attributes: dict[str, int | list[int]] = {
+        "group": channels,
+        "kernel_shape": kernel,
+        "pads": pads,
+        "strides": strides,
+        "dilations": dilations,
+    }
     if integer(node, "count_include_pad", 0) or not any(pads):
         lower.replace(node, "Conv", [x, lower.constant(node, weight)], **attributes)
         return
@@ -238,8 +251,16 @@ def _gru(lower: Lowerer, node: ir.Node) -> None:
     x = node.inputs[0]
     shape = lower.shapes(x) if x is not None else None
     bidirectional = "direction" in node.attributes and node.attributes["direction"].as_string() != "forward"
-    if x is None or not shape or shape[0] is None or bidirectional or len(node.inputs) > 4 and node.inputs[4] is not None:
-        raise TrainingError(f"node {node.name!r}: only a forward GRU over a fixed length can be fine-tuned; use --epochs 0")
+    if (
+        x is None
+        or not shape
+        or shape[0] is None
+        or bidirectional
+        or (len(node.inputs) > 4 and node.inputs[4] is not None)
+    ):
+        raise TrainingError(
+            f"node {node.name!r}: only a forward GRU over a fixed length can be fine-tuned; use --epochs 0"
+        )
     gru = _Unrolled(lower, node, shape[0])
     states = gru.run()
     _give_recurrent_outputs(lower, node, states)
@@ -309,7 +330,9 @@ class _Unrolled:
         at = self.lower.constant(self.node, np.array([axis], np.int64))
         return [
             self.lower.add(
-                self.node, "Slice", [value, *(self.lower.constant(self.node, edges[i + k : i + k + 1]) for k in (0, 1)), at]
+                self.node,
+                "Slice",
+                [value, *(self.lower.constant(self.node, edges[i + k : i + k + 1]) for k in (0, 1)), at],
             )
             for i in range(len(sizes))
         ]
@@ -324,7 +347,7 @@ def _give_recurrent_outputs(lower: Lowerer, node: ir.Node, states: list[ir.Value
         ]
         return lower.add(node, "Concat", lifted, axis=0) if len(lifted) > 1 else lifted[0]
 
-    for index, build in enumerate((lambda: stacked(states, [0, 1]), lambda: stacked(states[-1:], [0]))):
-        if index < len(node.outputs) and node.outputs[index].uses():
-            node.outputs[index].replace_all_uses_with(build(), replace_graph_outputs=True)
+    for output, (values, axes) in zip(node.outputs, ((states, [0, 1]), (states[-1:], [0])), strict=False):
+        if output.uses():
+            output.replace_all_uses_with(stacked(values, axes), replace_graph_outputs=True)
     lower.model.graph.remove(node, safe=True)

@@ -93,7 +93,7 @@ def install_runtime(wheel: Path | None = None, say: Callable[[str], None] = lamb
 def _download(folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise TrainingError(
-            f"the training runtime is missing and this environment has no pip to fetch it: download {PACKAGE} {VERSION} "
+            f"the training runtime is missing and there is no pip here to fetch it: download {PACKAGE} {VERSION} "
             f"elsewhere and run 'onnxprune doctor --install-training WHEEL'; {WITHOUT}"
         )
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]

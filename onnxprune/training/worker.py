@@ -127,11 +127,11 @@ def augment(batch: Array, flip: bool, shift: int, layout: str, rng: np.random.Ge
         padded = np.pad(batch, widths)
         moves = rng.integers(0, 2 * shift + 1, (len(batch), 2))
         height, width = batch.shape[rows], batch.shape[columns]
-        where = [slice(None)] * 3
+        where: list[Any] = [slice(None)] * 3
         result = np.empty_like(batch)
         for i, (down, right) in enumerate(moves):
             where[rows - 1], where[columns - 1] = slice(down, down + height), slice(right, right + width)
-            result[i] = padded[(i, *where)]
+            result[i] = padded[i][tuple(where)]
         batch = result
     return batch
 
@@ -203,7 +203,7 @@ class Trainer:
         loss = float(sum(share * float(result[0]) for share, result in zip(shares, results, strict=True)))
         skip = 1 + len(self.heads[1:2])
         gradients = {
-            name: sum((share * result[skip + i] for share, result in zip(shares, results, strict=True)), np.float32(0))
+            name: np.sum([share * result[skip + i] for share, result in zip(shares, results, strict=True)], axis=0)
             for i, name in enumerate(self.gradients)
         }
         norm = math.sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in gradients.values()))
@@ -213,7 +213,9 @@ class Trainer:
                 raise FloatingPointError(f"the loss was not finite in {self.bad_steps} steps; lower --lr")
             return loss, None
         scale = np.float32(min(1.0, self.job["clip"] / max(norm, 1e-12)))
-        self.optimizer.step({name: g * scale for name, g in gradients.items()}, learning_rate(step, total, self.job["lr"]))
+        self.optimizer.step(
+            {name: g * scale for name, g in gradients.items()}, learning_rate(step, total, self.job["lr"])
+        )
         return loss, self._accuracy(feeds, results)
 
     def _batch(self, chosen: Array, rng: np.random.Generator) -> dict[str, Array]:
@@ -256,7 +258,7 @@ def write_arrays(path: Path, arrays: dict[str, Array]) -> None:
     """An .npz that appears whole or not at all."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -1,0 +1,62 @@
+"""What a run is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from onnxprune.errors import UsageError
+from onnxprune.labels.solve import Granularity
+from onnxprune.score import Scope
+
+Controller = Literal["bisect", "published"]
+RESOURCES = ("macs", "params", "size")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Everything that decides a run's result besides the model and the data.
+
+    Targets are shares that may remain (0.5 = half); `max_drop` is in points of the metric; `round_to` None is
+    automatic, `rounds` and `epochs` None are chosen by the run. Raises `UsageError` for values out of range.
+    """
+
+    target_macs: float | None = None
+    target_params: float | None = None
+    target_size: float | None = None
+    max_drop: float | None = None
+    rounds: int | None = None
+    epochs: int | None = None
+    lr: float = 2e-3
+    criterion: str = "l2"
+    scope: Scope = "global"
+    granularity: Granularity = "auto"
+    round_to: int | None = None
+    metric: str | None = None
+    controller: Controller = "bisect"
+    providers: tuple[str, ...] = ("cpu",)
+    threads: int | None = None
+    seed: int = 0
+    distillation: float = 0.5
+    batch: int = 64
+    bench_seconds: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name, value in self.targets.items():
+            if not 0 < value < 1:
+                raise UsageError(f"--target-{name} {value:g}: give the share that may remain, between 0 and 1")
+        if self.max_drop is not None and not self.max_drop >= 0:
+            raise UsageError(f"--max-drop {self.max_drop:g}: give the points that may be lost, 0 or more")
+        for name in ("rounds", "round_to", "threads", "batch"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {number}: give 1 or more")
+        if self.epochs is not None and self.epochs < 0:
+            raise UsageError(f"--epochs {self.epochs}: give 0 or more")
+        if not self.lr > 0:
+            raise UsageError(f"--lr {self.lr:g}: give a learning rate above 0")
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """The shares asked for, by resource."""
+        given = {name: getattr(self, f"target_{name}") for name in RESOURCES}
+        return {name: value for name, value in given.items() if value is not None}
