@@ -88,9 +88,10 @@ def load_data(source: str, model: ir.Model, images: ImageOptions | None = None) 
 
 def _from_npz(path: Path) -> dict[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DataError(f"{path}: holds a single array; save arrays by name with numpy.savez")
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise DataError(f"{path}: holds a single array; save arrays by name with numpy.savez")
+        with file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None

@@ -57,11 +57,12 @@ def normalise(model: ir.Model) -> ir.Model:
 
 
 def _clean(model: ir.Model) -> None:
+    nested = any(graph is not model.graph for graph in model.graphs())
     for step in (
         common.InlinePass(),
         common.RemoveInitializersFromInputsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.IdentityEliminationPass(),
+        *([] if nested else [common.IdentityEliminationPass()]),  # a subgraph must not return an outer value itself
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
         common.ClearMetadataAndDocStringPass(),

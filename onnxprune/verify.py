@@ -51,7 +51,8 @@ def masked_model(baseline: ir.Model, plan: Plan) -> ir.Model:
             shape = [1] * (_rank(value, removal.axis) - removal.axis)
             shape[0] = removal.size
             mask = add_initializer(model, f"{name}.mask", keep.reshape(shape))
-            node = ir.node("Where", [mask, current, zero], name=f"{name}.masked{removal.axis}")
+            operator, inputs = ("And", [mask, current]) if dtype == np.bool_ else ("Where", [mask, current, zero])
+            node = ir.node(operator, inputs, name=f"{name}.masked{removal.axis}")
             model.graph.insert_after(current.producer() or producer, node)
             node.outputs[0].name = f"{name}.masked{removal.axis}"
             current = node.outputs[0]

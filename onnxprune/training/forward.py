@@ -5,6 +5,7 @@ Only the training graph is changed; trained numbers are written back into the us
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -212,7 +213,7 @@ def _average_pool(lower: Lowerer, node: ir.Node) -> None:
         raise TrainingError(
             f"node {node.name!r}: AveragePool with ceil_mode or auto_pad can't be fine-tuned; use --epochs 0"
         )
-    weight = np.ones((channels, 1, *kernel), np.float32) / np.prod(kernel)
+    weight = np.full((channels, 1, *kernel), 1 / math.prod(kernel), np.float32)
     strides, dilations = (
         integers(node, "strides") or [1] * len(kernel),
         integers(node, "dilations") or [1] * len(kernel),

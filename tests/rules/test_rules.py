@@ -1,0 +1,189 @@
+"""Every rule on a small graph: how many units it finds, and that a random cut equals the masked model."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.graphs import check_oracle, graph
+
+# name: (units of each group, exact, graph)
+EXACT = {
+    "conv": ([8], "(float[N,3,6,6] x, float[8,3,3,3] w, float[8] b, float[5,8,1,1] v) => (float[N,5,6,6] y)"
+        "{ h = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(h) y = Conv(r, v) }"),
+    "conv 1d": ([8], "(float[N,3,9] x, float[8,3,3] w, float[5,8,1] v) => (float[N,5,7] y) { h = Conv(x, w) y = Conv(h, v) }"),
+    "conv 3d": ([4], "(float[N,2,4,4,4] x, float[4,2,1,1,1] w, float[3,4,1,1,1] v) => (float[N,3,4,4,4] y)"
+        "{ h = Conv(x, w) y = Conv(h, v) }"),
+    "depthwise": ([8], "(float[N,3,6,6] x, float[8,3,1,1] w, float[8,1,3,3] d, float[8] b, float[5,8,1,1] v)"
+        "=> (float[N,5,4,4] y) { h = Conv(x, w) e = Conv<group=8>(h, d, b) s = Sigmoid(e) y = Conv(s, v) }"),
+    "depthwise with a multiplier": ([4], "(float[N,3,6,6] x, float[4,3,1,1] w, float[8,1,3,3] d, float[5,8,1,1] v)"
+        "=> (float[N,5,4,4] y) { h = Conv(x, w) e = Conv<group=4>(h, d) y = Conv(e, v) }"),
+    "grouped": ([4, 6], "(float[N,3,6,6] x, float[8,3,1,1] w, float[12,4,3,3] g, float[5,12,1,1] v)"
+        "=> (float[N,5,4,4] y) { h = Conv(x, w) e = Conv<group=2>(h, g) y = Conv(e, v) }"),
+    "transposed": ([6, 4], "(float[N,3,6,6] x, float[6,3,1,1] w, float[6,4,2,2] t, float[4] b, float[5,4,1,1] v)"
+        "=> (float[N,5,12,12] y) { h = Conv(x, w) e = ConvTranspose<strides=[2,2]>(h, t, b) y = Conv(e, v) }"),
+    "transposed depthwise": ([6], "(float[N,3,6,6] x, float[6,3,1,1] w, float[6,1,2,2] t, float[5,6,1,1] v)"
+        "=> (float[N,5,12,12] y) { h = Conv(x, w) e = ConvTranspose<strides=[2,2], group=6>(h, t) y = Conv(e, v) }"),
+    "transposed grouped": ([3], "(float[N,3,6,6] x, float[8,3,1,1] w, float[8,3,2,2] t, float[5,6,1,1] v)"
+        "=> (float[N,5,12,12] y) { h = Conv(x, w) e = ConvTranspose<strides=[2,2], group=2>(h, t) y = Conv(e, v) }"),
+    "batch norm": ([8], "(float[N,3,6,6] x, float[8,3,3,3] w, float[8] s, float[8] b, float[8] m, float[8] var,"
+        "float[5,8,1,1] v) => (float[N,5,4,4] y) { h = Conv(x, w) n = BatchNormalization(h, s, b, m, var)"
+        "r = LeakyRelu(n) y = Conv(r, v) }"),
+    "instance norm": ([8], "(float[N,3,6,6] x, float[8,3,3,3] w, float[8] s, float[8] b, float[5,8,1,1] v)"
+        "=> (float[N,5,4,4] y) { h = Conv(x, w) n = InstanceNormalization(h, s, b) y = Conv(n, v) }"),
+    "residual": ([8, 6], "(float[N,3,6,6] x, float[8,3,1,1] w, float[6,8,3,3] a, float[8,6,3,3] b, float[5,8,1,1] v)"
+        "=> (float[N,5,6,6] y) { h = Conv(x, w) p = Conv<pads=[1,1,1,1]>(h, a) q = Relu(p)"
+        "r = Conv<pads=[1,1,1,1]>(q, b) s = Add(h, r) y = Conv(s, v) }"),
+    "squeeze and excite": ([8, 4], "(float[N,3,6,6] x, float[8,3,1,1] w, float[4,8,1,1] a, float[8,4,1,1] b,"
+        "float[5,8,1,1] v) => (float[N,5,6,6] y) { h = Conv(x, w) g = GlobalAveragePool(h) p = Conv(g, a)"
+        "q = Relu(p) r = Conv(q, b) s = HardSigmoid(r) m = Mul(h, s) y = Conv(m, v) }"),
+    "concat": ([4, 6], "(float[N,3,6,6] x, float[4,3,1,1] a, float[6,3,1,1] b, float[5,10,1,1] v)"
+        "=> (float[N,5,6,6] y) { p = Conv(x, a) q = Conv(x, b) c = Concat<axis=1>(p, q) y = Conv(c, v) }"),
+    "concat of a tensor with itself": ([4], "(float[N,3,6,6] x, float[4,3,1,1] a, float[5,8,1,1] v)"
+        "=> (float[N,5,6,6] y) { p = Conv(x, a) c = Concat<axis=1>(p, p) y = Conv(c, v) }"),
+    "concat with the input": ([4], "(float[N,3,6,6] x, float[4,3,1,1] a, float[5,7,1,1] v)"
+        "=> (float[N,5,6,6] y) { p = Conv(x, a) c = Concat<axis=1>(p, x) y = Conv(c, v) }"),
+    "split": ([3, 5], "(float[N,3,6,6] x, float[8,3,1,1] a, float[5,5,1,1] v, float[5,3,1,1] u)"
+        "=> (float[N,5,6,6] y) <int64[2] sizes = {3, 5}> { p = Conv(x, a) l, r = Split<axis=1>(p, sizes)"
+        "s = Conv(l, u) t = Conv(r, v) y = Add(s, t) }"),
+    "chunks that are added": ([4], "(float[N,3,6,6] x, float[8,3,1,1] a, float[5,4,1,1] v) => (float[N,5,6,6] y)"
+        "{ p = Conv(x, a) l, r = Split<axis=1, num_outputs=2>(p) s = Add(l, r) y = Conv(s, v) }"),
+    "slice": ([2, 6], "(float[N,3,6,6] x, float[8,3,1,1] a, float[5,6,1,1] v, float[5,8,1,1] u) => (float[N,5,6,6] y)"
+        "<int64[1] start = {2}, int64[1] end = {9223372036854775807}, int64[1] axes = {1}>"
+        "{ p = Conv(x, a) s = Slice(p, start, end, axes) t = Conv(s, v) w = Conv(p, u) y = Add(t, w) }"),
+    "pad channels": ([4, 5], "(float[N,3,6,6] x, float[4,3,1,1] a, float[9,3,1,1] b, float[5,9,1,1] v)"
+        "=> (float[N,5,6,6] y) <int64[8] pads = {0,3,0,0,0,2,0,0}> { p = Conv(x, a) q = Pad(p, pads) r = Conv(x, b)"
+        "s = Add(q, r) y = Conv(s, v) }"),
+    "flatten to gemm": ([4], "(float[N,3,3,3] x, float[4,3,1,1] w, float[36,5] f, float[5] c) => (float[N,5] y)"
+        "{ h = Conv(x, w) z = Flatten(h) y = Gemm(z, f, c) }"),
+    "gemm to convolution": ([4], "(float[N,6] x, float[6,36] f, float[5,4,3,3] v) => (float[N,5,1,1] y)"
+        "<int64[4] target = {-1,4,3,3}> { z = Gemm(x, f) h = Reshape(z, target) y = Conv(h, v) }"),
+    "gemm transposed": ([7], "(float[N,6] x, float[7,6] f, float[7] b, float[5,7] g) => (float[N,5] y)"
+        "{ h = Gemm<transB=1>(x, f, b) r = Tanh(h) y = Gemm<transB=1>(r, g) }"),
+    "matmul and bias": ([7], "(float[N,4,6] x, float[6,7] f, float[7] b, float[7,5] g) => (float[N,4,5] y)"
+        "{ h = MatMul(x, f) s = Add(b, h) y = MatMul(s, g) }"),
+    "matmul with the weight on the left": ([7], "(float[N,6,4] x, float[7,6] f, float[5,7] g) => (float[N,5,4] y)"
+        "{ h = MatMul(f, x) r = Relu(h) y = MatMul(g, r) }"),
+    "mixing over tokens": ([8, 6], "(float[N,4,3] x, float[3,8] a, float[4,6] t, float[6,4] u, float[8,5] b)"
+        "=> (float[N,4,5] y) { h = MatMul(x, a) p = Transpose<perm=[0,2,1]>(h) q = MatMul(p, t) r = Relu(q)"
+        "s = MatMul(r, u) z = Transpose<perm=[0,2,1]>(s) y = MatMul(z, b) }"),
+    "gated": ([8], "(float[N,6] x, float[6,8] a, float[6,8] b, float[8,5] c) => (float[N,5] y)"
+        "{ p = MatMul(x, a) s = Sigmoid(p) q = MatMul(x, b) m = Mul(s, q) y = MatMul(m, c) }"),
+    "channel shuffle": ([6], "(float[N,3,4,4] x, float[12,3,1,1] w, float[5,12,1,1] v) => (float[N,5,4,4] y)"
+        "<int64[5] split = {0,2,6,4,4}, int64[4] join = {0,12,4,4}> { h = Conv(x, w) a = Reshape(h, split)"
+        "b = Transpose<perm=[0,2,1,3,4]>(a) c = Reshape(b, join) y = Conv(c, v) }"),
+    "transpose to channels last": ([8], "(float[N,3,4,4] x, float[8,3,1,1] w, float[8,5] f) => (float[N,4,4,5] y)"
+        "{ h = Conv(x, w) t = Transpose<perm=[0,2,3,1]>(h) y = MatMul(t, f) }"),
+    "squeeze": ([8], "(float[N,3,4,4] x, float[8,3,1,1] w, float[8,5] f) => (float[N,5] y) <int64[2] axes = {2,3}>"
+        "{ h = Conv(x, w) g = GlobalMaxPool(h) s = Squeeze(g, axes) y = MatMul(s, f) }"),
+    "unsqueeze": ([8], "(float[N,6] x, float[6,8] f, float[5,8,1,1] v) => (float[N,5,1,1] y) <int64[2] axes = {2,3}>"
+        "{ h = MatMul(x, f) u = Unsqueeze(h, axes) y = Conv(u, v) }"),
+    "gather by constants": ([4, 2], "(float[N,6] x, float[6,6] f, float[4,5] g, float[6,5] k) => (float[N,5] y)"
+        "<int64[4] index = {5,0,3,1}> { h = MatMul(x, f) p = Gather<axis=1>(h, index) q = MatMul(p, g)"
+        "r = MatMul(h, k) y = Add(q, r) }"),
+    "embedding": ([8], "(int64[N,4] x, float[9,8] table, float[8,5] g) => (float[N,4,5] y)"
+        "{ h = Gather(table, x) y = MatMul(h, g) }"),
+    "reduce sum over channels": ([8], "(float[N,6] x, float[6,8] f) => (float[N,1] y) <int64[1] axes = {1}>"
+        "{ h = MatMul(x, f) r = Relu(h) y = ReduceSum<keepdims=1>(r, axes) }"),
+    "reduce mean over space": ([8], "(float[N,3,4,4] x, float[8,3,1,1] w, float[8,5] f) => (float[N,5] y)"
+        "<int64[2] axes = {2,3}> { h = Conv(x, w) m = ReduceMean<keepdims=0>(h, axes) y = MatMul(m, f) }"),
+    "resize": ([8], "(float[N,3,4,4] x, float[8,3,1,1] w, float[5,8,1,1] v) => (float[N,5,8,8] y)"
+        "<float[4] scales = {1,1,2,2}> { h = Conv(x, w) u = Resize<mode=\"nearest\">(h, , scales) y = Conv(u, v) }"),
+    "resize to sizes": ([8], "(float[2,3,4,4] x, float[8,3,1,1] w, float[5,8,1,1] v) => (float[2,5,8,8] y)"
+        "<int64[4] sizes = {2,8,8,8}> { h = Conv(x, w) u = Resize<mode=\"nearest\">(h, , , sizes) y = Conv(u, v) }"),
+    "pixel shuffle": ([3], "(float[N,3,4,4] x, float[12,3,1,1] w, float[5,3,1,1] v) => (float[N,5,8,8] y)"
+        "{ h = Conv(x, w) u = DepthToSpace<blocksize=2, mode=\"CRD\">(h) y = Conv(u, v) }"),
+    "pixel shuffle, depth first": ([3], "(float[N,3,4,4] x, float[12,3,1,1] w, float[5,3,1,1] v)"
+        "=> (float[N,5,8,8] y) { h = Conv(x, w) u = DepthToSpace<blocksize=2>(h) y = Conv(u, v) }"),
+    "space to depth": ([3], "(float[N,3,4,4] x, float[3,3,1,1] w, float[5,12,1,1] v) => (float[N,5,2,2] y)"
+        "{ h = Conv(x, w) u = SpaceToDepth<blocksize=2>(h) y = Conv(u, v) }"),
+    "tile": ([4], "(float[N,6] x, float[6,4] f, float[12,5] g) => (float[N,5] y) <int64[2] n = {1,3}>"
+        "{ h = MatMul(x, f) t = Tile(h, n) y = MatMul(t, g) }"),
+    "expand": ([4], "(float[2,1,6] x, float[6,4] f, float[4,5] g) => (float[2,3,5] y) <int64[3] n = {2,3,4}>"
+        "{ h = MatMul(x, f) t = Expand(h, n) y = MatMul(t, g) }"),
+    "where": ([4], "(float[N,6] x, float[6,4] f, float[1,4] c, float[4,5] g) => (float[N,5] y)"
+        "{ h = MatMul(x, f) z = Abs(h) m = Greater(h, z) t = Where(m, c, h) y = MatMul(t, g) }"),
+    "prelu": ([8], "(float[N,3,4,4] x, float[8,3,1,1] w, float[8,1,1] s, float[5,8,1,1] v) => (float[N,5,4,4] y)"
+        "{ h = Conv(x, w) p = PRelu(h, s) y = Conv(p, v) }"),
+    "division by a masked tensor": ([4], "(float[N,6] x, float[6,4] f, float[6,4] e, float[4,5] g) => (float[N,5] y)"
+        "{ h = MatMul(x, f) d = MatMul(x, e) q = Div(h, d) y = MatMul(q, g) }"),
+    "attention by heads": ([3], "(float[N,4,6] x, float[6,36] w, float[12,5] o) => (float[N,4,5] y)"
+        "<int64[5] split = {0,4,3,3,4}, int64[3] join = {0,4,12}, int64 zero = {0}, int64 one = {1}, int64 two = {2}>"
+        "{ p = MatMul(x, w) s = Reshape(p, split) t = Transpose<perm=[2,0,3,1,4]>(s) q = Gather<axis=0>(t, zero)"
+        "k = Gather<axis=0>(t, one) v = Gather<axis=0>(t, two) kt = Transpose<perm=[0,1,3,2]>(k) a = MatMul(q, kt)"
+        "z = Softmax(a) c = MatMul(z, v) d = Transpose<perm=[0,2,1,3]>(c) e = Reshape(d, join) y = MatMul(e, o) }"),
+}  # fmt: skip
+
+INEXACT = {
+    "layer norm": ([8], "(float[N,4,6] x, float[6,8] f, float[8] s, float[8] b, float[8,5] g) => (float[N,4,5] y)"
+        "{ h = MatMul(x, f) n = LayerNormalization(h, s, b) y = MatMul(n, g) }"),
+    "mean over channels": ([8], "(float[N,6] x, float[6,8] f) => (float[N,1] y) <int64[1] axes = {1}>"
+        "{ h = MatMul(x, f) r = Relu(h) y = ReduceMean<keepdims=1>(r, axes) }"),
+    "local response": ([8], "(float[N,3,4,4] x, float[8,3,1,1] w, float[5,8,1,1] v) => (float[N,5,4,4] y)"
+        "{ h = Conv(x, w) n = LRN<size=3>(h) y = Conv(n, v) }"),
+    "gru": ([7], "(float[4,N,6] x, float[1,21,6] w, float[1,21,7] r, float[1,42] b, float[7,5] g)"
+        "=> (float[4,N,5] y) <int64[1] axes = {1}> { h = GRU<hidden_size=7>(x, w, r, b) s = Squeeze(h, axes)"
+        "y = MatMul(s, g) }"),
+    "two-way lstm": ([7], "(float[4,N,6] x, float[2,28,6] w, float[2,28,7] r, float[2,56] b, float[14,5] g)"
+        "=> (float[4,N,5] y) <int64[3] join = {0,0,-1}> { h = LSTM<hidden_size=7, direction=\"bidirectional\">(x, w, r, b)"
+        "t = Transpose<perm=[0,2,1,3]>(h) s = Reshape(t, join) y = MatMul(s, g) }"),
+}  # fmt: skip
+
+LOCKED = {
+    "output": "(float[N,6] x, float[6,4] f) => (float[N,4] y) { y = MatMul(x, f) }",
+    "softmax": "(float[N,6] x, float[6,4] f, float[4,5] g) => (float[N,5] y)"
+        "{ h = MatMul(x, f) s = Softmax(h) y = MatMul(s, g) }",
+    "unknown operator": "(float[N,6] x, float[6,4] f, float[4,5] g) => (float[N,5] y)"
+        "{ h = MatMul(x, f) s = Det(h) t = Add(h, s) y = MatMul(t, g) }",
+    "size that is read": "(float[N,6] x, float[6,4] f, float[4,5] g) => (float[N,5] y, int64[2] n)"
+        "{ h = MatMul(x, f) n = Shape(h) y = MatMul(h, g) }",
+    "indexed by data": "(float[N,6] x, int64[2] i, float[6,4] f) => (float[N,2] y)"
+        "{ h = MatMul(x, f) y = Gather<axis=1>(h, i) }",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact(name: str) -> None:
+    sizes, text = EXACT[name]
+    units = check_oracle(graph(text))
+    assert [len(group.units) for group in units.groups] == sizes
+    assert all(group.exact for group in units.groups)
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_inexact_runs_and_says_so(name: str) -> None:
+    sizes, text = INEXACT[name]
+    units = check_oracle(graph(text))
+    assert [len(group.units) for group in units.groups] == sizes
+    assert not any(group.exact for group in units.groups)
+
+
+@pytest.mark.parametrize("name", [name for name in LOCKED if name not in ("unknown operator", "indexed by data")])
+def test_locked_with_a_reason(name: str) -> None:
+    units = check_oracle(graph(LOCKED[name]))
+    assert not [group for group in units.groups if len(group.units) > 1]
+    assert units.solution.lock_reasons()
+
+
+def test_indexed_by_data_is_locked() -> None:
+    units = check_oracle(graph(LOCKED["indexed by data"], ("x", "i")))
+    assert not units.groups
+
+
+@pytest.mark.parametrize(("granularity", "sizes"), [("rows", [3]), ("columns", [4])])
+def test_granularity_of_heads(granularity: str, sizes: list[int]) -> None:
+    units = check_oracle(graph(EXACT["attention by heads"][1]), granularity=granularity)
+    assert [len(group.units) for group in units.groups] == sizes
+
+
+def test_granularity_of_groups() -> None:
+    units = check_oracle(graph(EXACT["grouped"][1]), granularity="rows")
+    assert [len(group.units) for group in units.groups] == [2]
+
+
+def test_opset_13_reductions_and_old_shapes() -> None:
+    text = (
+        "(float[N,3,4,4] x, float[8,3,1,1] w, float[8,5] f) => (float[N,5] y)"
+        "{ h = Conv(x, w) m = ReduceMean<axes=[2,3], keepdims=0>(h) y = MatMul(m, f) }"
+    )
+    units = check_oracle(graph(text, opset=13))
+    assert [len(group.units) for group in units.groups] == [8]

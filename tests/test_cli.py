@@ -1,0 +1,333 @@
+"""The command line as a user drives it: results, JSON, exit statuses, and every kind of bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from onnxprune.model import open_model
+from onnxprune.plan import load_plan
+from onnxprune.training import supported
+from onnxprune.verify import mask_oracle
+from tests.conftest import MODELS, call, start
+from tests.graphs import proto
+
+DIGITS, TEST = MODELS / "digits.npz", MODELS / "digits_test.npz"
+needs_training = pytest.mark.skipif(not supported(), reason="no training wheel for this Python and platform")
+
+
+def accuracy(path: Path) -> float:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with np.load(TEST) as data:
+        return float((session.run(None, {"input": data["input"]})[0].argmax(1) == data["labels"]).mean() * 100)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@needs_training
+@pytest.mark.parametrize("name", ["digits_resnet", "digits_mlp", "digits_vit", "digits_gru"])
+def test_half_of_the_macs_within_a_point(name: str, tmp_path: Path) -> None:
+    model = MODELS / f"{name}.onnx"
+    before = digest(model)
+    out = tmp_path / "out.onnx"
+    result = call(
+        "run", model, "-o", out, "--data", DIGITS, "--eval-data", TEST, "--target-macs", 0.5, "--json", cwd=tmp_path
+    )
+    assert result.status == 0, result.err
+    report = json.loads((tmp_path / "out.onnxprune" / "report.json").read_text())
+    assert result.json["pruned"] == report["pruned"] and result.json["exit_status"] == 0
+    assert report["pruned"]["macs"] <= 0.5 * report["baseline"]["macs"]
+    assert digest(model) == before
+    # The report's figures, found again with plain onnxruntime and onnx.
+    for side, path in (("baseline", model), ("pruned", out)):
+        assert report[side]["metric"] == {"name": "top1", "value": pytest.approx(accuracy(path))}
+        assert report[side]["size_bytes"] == path.stat().st_size
+    weights = onnx.load(str(tmp_path / "out.onnxprune" / "round-01" / "candidate.onnx")).graph.initializer
+    floats = sum(int(np.prod(t.dims)) for t in weights if t.data_type == onnx.TensorProto.FLOAT and t.dims)
+    assert report["pruned"]["params"] == floats
+    assert accuracy(out) >= accuracy(model) - 1
+    onnx.checker.check_model(str(out), full_check=True)
+    assert set(report["pruned"]["latency_ms"]["CPUExecutionProvider"]) == {"median", "p90", "runs"}
+    plan = load_plan(tmp_path / "out.onnxprune" / "plan.json")
+    baseline = onnx.load(str(tmp_path / "out.onnxprune" / "baseline.onnx"))
+    assert set(plan.tensors) <= {name for node in baseline.graph.node for name in node.output}
+
+
+@needs_training
+def test_an_allowed_drop_alone_decides(tmp_path: Path) -> None:
+    result = call(
+        "run", MODELS / "digits_mlp.onnx", "-o", "out.onnx", "--data", DIGITS, "--eval-data", TEST, "--max-drop", 1,
+        "--epochs", 5, "--rounds", 2, "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    report = result.json
+    assert report["pruned"]["macs"] < 0.9 * report["baseline"]["macs"]
+    assert report["target"]["drop"] <= 1
+    assert accuracy(tmp_path / "out.onnx") >= accuracy(MODELS / "digits_mlp.onnx") - 1
+    assert [round_["tau"] for round_ in report["rounds"]]
+
+
+def test_without_data_accuracy_is_said_to_be_unmeasured(tmp_path: Path) -> None:
+    result = call("run", MODELS / "digits_resnet.onnx", "-o", "out.onnx", cwd=tmp_path)
+    assert result.status == 0
+    assert "accuracy was not measured" in result.err and "not measured" in result.out
+    report = json.loads((tmp_path / "out.onnxprune" / "report.json").read_text())
+    assert report["pruned"]["metric"] is None and 0 < report["pruned"]["fidelity"]["cosine"] < 100
+    assert report["pruned"]["macs"] <= 0.75 * report["baseline"]["macs"]
+    plan = load_plan(tmp_path / "out.onnxprune" / "plan.json")
+    run = tmp_path / "out.onnxprune"
+    found = mask_oracle(open_model(run / "baseline.onnx"), open_model(run / "pruned.onnx"), plan)
+    assert found.exact and found.difference < 1e-5
+
+
+@needs_training
+def test_unlabelled_data_is_enough(tmp_path: Path) -> None:
+    with np.load(DIGITS) as data:
+        np.savez(tmp_path / "calibration.npz", images=data["input"][:400])
+    result = call(
+        "run", MODELS / "digits_mlp.onnx", "-o", "out.onnx", "--data", "calibration.npz", "--target-params", 0.6,
+        "--epochs", 20, "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    assert result.json["pruned"]["metric"]["name"] == "cosine"
+    assert result.json["pruned"]["params"] <= 0.6 * result.json["baseline"]["params"]
+    assert result.json["pruned"]["metric"]["value"] > 97
+
+
+@pytest.mark.parametrize("name", ["digits_resnet", "digits_mlp", "digits_vit", "digits_gru"])
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.7])
+def test_prune_writes_a_model_a_plan_and_a_baseline_that_pass_the_oracle(
+    name: str, ratio: float, tmp_path: Path
+) -> None:
+    result = call(
+        "prune", MODELS / f"{name}.onnx", "-o", "out.onnx", "--ratio", ratio, "--plan", "plan.json", "--baseline",
+        "base.onnx", "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    onnx.checker.check_model(str(tmp_path / "out.onnx"), full_check=True)
+    plan = load_plan(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["model_sha256"] == digest(tmp_path / "base.onnx")
+    found = mask_oracle(open_model(tmp_path / "base.onnx"), open_model(tmp_path / "out.onnx"), plan)
+    assert np.isfinite(found.difference)
+    assert plan.exact == (name in ("digits_resnet", "digits_mlp")) == result.json["exact"]
+    assert not plan.exact or found.difference < 1e-5
+
+
+@needs_training
+def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_result(tmp_path: Path) -> None:
+    arguments = [
+        "run", MODELS / "digits_resnet.onnx", "-o", "out.onnx", "--data", DIGITS, "--eval-data", TEST, "--max-drop", 2,
+        "--rounds", 2, "--epochs", 4,
+    ]  # fmt: skip
+    (tmp_path / "whole").mkdir()
+    assert call(*arguments, cwd=tmp_path / "whole").status == 0
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    resume: list[str] = []
+    for seconds in (2.5, 4.0, 5.5, 7.0):
+        process = start(*arguments, *resume, cwd=folder)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        resume = ["--resume"] if (folder / "out.onnxprune" / "config.json").exists() else []
+    result = call(*arguments, *resume, cwd=folder)
+    assert result.status == 0, result.err
+    assert digest(folder / "out.onnx") == digest(tmp_path / "whole" / "out.onnx")
+    assert (folder / "out.onnxprune" / "plan.json").read_text() == (
+        tmp_path / "whole" / "out.onnxprune" / "plan.json"
+    ).read_text()
+
+
+@needs_training
+def test_interrupting_leaves_the_best_accepted_model(tmp_path: Path) -> None:
+    process = start(
+        "run", MODELS / "digits_mlp.onnx", "-o", "out.onnx", "--data", DIGITS, "--eval-data", TEST, "--max-drop", 3,
+        "--rounds", 4, "--epochs", 60, cwd=tmp_path,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out.onnxprune" / "round-01" / "round.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert "out.onnx" in err and "--resume" in err
+    assert accuracy(tmp_path / "out.onnx") >= accuracy(MODELS / "digits_mlp.onnx") - 3
+    assert not subprocess.run(["pgrep", "-f", f"training.worker {tmp_path}"], capture_output=True, check=False).stdout
+
+
+def bad_model(path: Path, kind: str) -> Path:
+    content = (MODELS / "digits_mlp.onnx").read_bytes()
+    if kind == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "not onnx":
+        path.write_bytes(b"PNG or something")
+    elif kind == "custom operator":
+        model = onnx.load_from_string(content)
+        model.graph.node[0].domain = "my.company"
+        model.opset_import.append(onnx.helper.make_opsetid("my.company", 1))
+        path.write_bytes(model.SerializeToString())
+    elif kind == "nothing to prune":
+        path.write_bytes(
+            proto("(float[N,6] x, float[6,4] w) => (float[N,4] y) { y = MatMul(x, w) }").SerializeToString()
+        )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "no such file"),
+        ("truncated", "truncated"),
+        ("not onnx", "not an ONNX model"),
+        ("custom operator", "my.company"),
+        ("nothing to prune", "nothing can be pruned"),
+    ],
+)
+def test_models_that_cannot_be_used(kind: str, message: str, tmp_path: Path) -> None:
+    model = bad_model(tmp_path / "model.onnx", kind)
+    for command in (["run", model, "-o", "out.onnx"], ["prune", model, "-o", "out.onnx", "--ratio", "0.5"]):
+        result = call(*command, cwd=tmp_path)
+        assert result.status == 3, result.err
+        assert message in result.err
+        assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"picture": np.zeros((4, 1, 8, 8), np.float32)}, "'input'"),
+        ({"input": np.zeros((4, 1, 8, 9), np.float32)}, "shape"),
+        ({"input": np.zeros((4, 1, 8, 8), np.int32)}, "int32"),
+        ({"input": np.zeros((4, 1, 8, 8), np.float32), "labels": np.arange(4) + 8}, "'labels'"),
+        ({"input": np.zeros((0, 1, 8, 8), np.float32)}, "no samples"),
+        ({"input": np.full((4, 1, 8, 8), np.nan, np.float32)}, "NaN"),
+    ],
+)
+def test_data_that_cannot_be_used(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", **arrays)
+    result = call("run", MODELS / "digits_mlp.onnx", "-o", "out.onnx", "--data", "data.npz", "--json", cwd=tmp_path)
+    assert result.status == 4
+    assert message in result.err
+    assert result.json["exit_status"] == 4 and message in result.json["error"]
+    assert not (tmp_path / "out.onnx").exists() and not (tmp_path / "out.onnxprune").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "MODEL"),
+        (["run", "MODEL", "--target-macs", "2"], "between 0 and 1"),
+        (["run", "MODEL", "--max-drop", "1"], "--data"),
+        (["run", "MODEL", "--ep", "warp"], "cpu"),
+        (["run", "MODEL", "-o", "MODEL"], "is the input"),
+        (["run", "MODEL", "-o", "nowhere/out.onnx"], "nowhere"),
+        (["run", "MODEL", "--round-to", "none"], "round-to"),
+        (["run", "MODEL", "--resume", "-o", "out.onnx"], "no run to resume"),
+        (["run", "MODEL", "--data", "DATA", "--metric", "bleu"], "bleu"),
+        (["prune", "MODEL", "-o", "out.onnx", "--ratio", "1.5"], "between 0 and 1"),
+        (["prune", "MODEL", "-o", "out.onnx", "--ratio", "0.5", "--criterion", "taste"], "taste"),
+        (["bench"], "MODELS"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_usage(arguments: list[str], message: str, tmp_path: Path) -> None:
+    model = tmp_path / "model.onnx"
+    model.write_bytes((MODELS / "digits_mlp.onnx").read_bytes())
+    before = digest(model)
+    result = call(*[{"MODEL": model, "DATA": DIGITS}.get(a, a) for a in arguments], cwd=tmp_path)
+    assert result.status == 2, result.err
+    assert message in result.err
+    assert digest(model) == before
+
+
+def test_an_output_folder_without_permission(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    result = call("run", MODELS / "digits_mlp.onnx", "-o", folder / "out.onnx", cwd=tmp_path)
+    assert result.status == 2 and "permission" in result.err
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: writes fail with an OSError as they do on a full one."""
+    command = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000)); import signal;"
+    command += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from onnxprune.cli import main; main()"
+    done = subprocess.run(
+        ["python", "-c", command, "prune", str(MODELS / "digits_mlp.onnx"), "-o", "out.onnx", "--ratio", "0.1"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={**os.environ, "PATH": f"{Path(os.sys.executable).parent}:{os.environ['PATH']}"},  # type: ignore[attr-defined]
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "can't write" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 50000
+
+
+def test_a_target_that_cannot_be_met_still_writes_the_best_accepted_model(tmp_path: Path) -> None:
+    result = call(
+        "run", MODELS / "digits_mlp.onnx", "-o", "out.onnx", "--data", DIGITS, "--eval-data", TEST, "--target-macs", 0.2,
+        "--max-drop", 0.5, "--epochs", 0, "--rounds", 2, "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.status == 5, result.err
+    assert "not met" in result.err and "asked 20.0 %" in result.err
+    assert result.json["exit_status"] == 5 and not result.json["target"]["met"]
+    assert any(not record["accepted"] for record in result.json["rounds"])
+    assert accuracy(tmp_path / "out.onnx") >= accuracy(MODELS / "digits_mlp.onnx") - 0.5
+
+
+def test_training_that_is_not_available_says_what_works_without(tmp_path: Path) -> None:
+    cache = {
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "PIP_NO_INDEX": "1",
+        "HOME": str(tmp_path),
+        "PIP_FIND_LINKS": "",
+    }
+    arguments = ["run", MODELS / "digits_mlp.onnx", "-o", "out.onnx", "--data", DIGITS, "--target-macs", 0.8]
+    result = call(*arguments, cwd=tmp_path, **cache)
+    assert result.status == 6, result.err
+    assert "--epochs 0" in result.err
+    assert not (tmp_path / "out.onnx").exists()
+    assert call(*arguments, "--epochs", 0, cwd=tmp_path, **cache).status == 0
+
+
+def test_inspect_says_what_can_go_and_why_the_rest_stays(tmp_path: Path) -> None:
+    found = call("inspect", MODELS / "digits_vit.onnx", "--json", cwd=tmp_path).json
+    assert sorted(group["units"] for group in found["groups"]) == [4, 4, 4, 64, 192, 192, 192]
+    assert any("output" in lock["reason"] for lock in found["locks"])
+    assert 0.9 < found["reachable"]["params"] <= 1
+    assert "groups that can be pruned" in call("inspect", MODELS / "digits_vit.onnx", cwd=tmp_path).out
+
+
+def test_bench_compares_models(tmp_path: Path) -> None:
+    result = call(
+        "bench", MODELS / "digits_resnet.onnx", MODELS / "digits_mlp.onnx", "--seconds", 0.3, "--json", cwd=tmp_path
+    )
+    first, second = result.json["results"]
+    assert first["against_first"]["speedup"] == 1 and second["latency"]["median"] > 0
+
+
+def test_doctor(tmp_path: Path) -> None:
+    found = call("doctor", "--json", cwd=tmp_path).json
+    assert "CPUExecutionProvider" in found["execution_providers"]
+    assert found["training_runtime"]["supported"] == supported()
+
+
+def test_help_and_version(tmp_path: Path) -> None:
+    for command in ([], ["run"], ["prune"], ["inspect"], ["bench"], ["doctor"]):
+        assert call(*command, "--help", cwd=tmp_path).status == 0
+    assert "onnxprune" in call("--version", cwd=tmp_path).out

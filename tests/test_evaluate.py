@@ -1,0 +1,84 @@
+"""Metrics against their definitions, and the benchmark's statistics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxprune.bench import bench_models, compare, find_providers
+from onnxprune.data import Dataset
+from onnxprune.errors import DataError, UsageError
+from onnxprune.evaluate import find_metric
+from tests.conftest import MODELS
+
+X = {"x": np.zeros((4, 2), np.float32)}
+SCORES = np.array([[3.0, 2, 1], [1, 3, 2], [1, 2, 3], [3, 1, 2]], np.float32)
+OTHER = np.array([[3.0, 2, 1], [3, 1, 2], [1, 2, 3], [3, 1, 2]], np.float32)
+LABELLED = Dataset(X, np.array([0, 2, 2, 1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("top1", 50.0), ("top2", 75.0), ("top3", 100.0), ("agreement", 75.0), (None, 50.0)],
+)
+def test_metrics_of_classes(name: str | None, expected: float) -> None:
+    assert find_metric(name, LABELLED).compute([SCORES], LABELLED.labels, [OTHER]) == expected
+
+
+def test_fidelity_metrics() -> None:
+    same = find_metric("cosine", LABELLED).compute([SCORES], None, [SCORES])
+    assert same == pytest.approx(100)
+    assert find_metric("kl", LABELLED).compute([SCORES], None, [SCORES]) == pytest.approx(0)
+    p, q = (np.exp(s) / np.exp(s).sum(1, keepdims=True) for s in (OTHER, SCORES))
+    expected = (p * np.log(p / q)).sum(1).mean()
+    assert find_metric("kl", LABELLED).compute([SCORES], None, [OTHER]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_regression_metrics() -> None:
+    data = Dataset(X, np.array([1.0, 2, 3, 4], np.float32))
+    outputs = [np.array([[1.0], [2], [3], [6]], np.float32)]
+    assert find_metric(None, data).compute(outputs, data.labels, outputs) == 1.0
+    assert find_metric("mae", data).compute(outputs, data.labels, outputs) == 0.5
+    assert find_metric("mse", data).drop(1.0, 3.0) == 2.0
+    assert find_metric("top1", LABELLED).drop(90.0, 88.0) == 2.0
+
+
+def test_metrics_that_do_not_fit() -> None:
+    with pytest.raises(DataError, match="labels"):
+        find_metric("top1", Dataset(X, None))
+    with pytest.raises(UsageError, match="known"):
+        find_metric("bleu", LABELLED)
+    assert find_metric(None, Dataset(X, None)).name == "cosine"
+
+
+def test_a_slower_model_is_told_from_noise() -> None:
+    rng = np.random.default_rng(0)
+    first = 1 + 0.05 * rng.random(200)
+    result = compare(first, first * 1.5)
+    assert result.differs and result.low <= result.speedup <= result.high
+    assert result.speedup == pytest.approx(1 / 1.5)
+
+
+def test_equal_models_are_mostly_not_told_apart() -> None:
+    verdicts = []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        drift = 1 + 0.2 * np.sin(np.arange(200) / 20)
+        verdicts.append(compare(drift + 0.1 * rng.random(200), drift + 0.1 * rng.random(200), seed).differs)
+    assert np.mean(verdicts) <= 0.12
+
+
+def test_bench_measures_every_model_on_every_provider() -> None:
+    paths = [MODELS / "digits_resnet.onnx", MODELS / "digits_mlp.onnx"]
+    results = bench_models(paths, ["cpu"], threads=1, seconds=0.2)
+    assert [result.model for result in results] == [str(path) for path in paths]
+    for result, path in zip(results, paths, strict=True):
+        assert result.latency.runs >= 20 and 0 < result.latency.median <= result.latency.p90
+        assert result.size_bytes == path.stat().st_size
+    assert results[0].against_first.speedup == 1
+
+
+def test_an_absent_provider_lists_what_is_there() -> None:
+    with pytest.raises(UsageError, match="cpu"):
+        find_providers(["cpu", "warp"])
+    assert find_providers(["CPUExecutionProvider", "cpu"]) == ["CPUExecutionProvider"] * 2

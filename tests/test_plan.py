@@ -1,0 +1,68 @@
+"""Plans: composing, storing, and the mask oracle's power to tell a wrong cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnxprune.cut import cut
+from onnxprune.errors import ModelError, UsageError
+from onnxprune.labels import analyse
+from onnxprune.model import open_model
+from onnxprune.normalise import normalise
+from onnxprune.plan import Plan, Removal, load_plan
+from onnxprune.units import find_units
+from onnxprune.verify import check_cut, mask_oracle
+from tests.conftest import MODELS
+from tests.graphs import random_cut
+
+
+def test_two_cuts_compose_to_one_plan_for_the_baseline() -> None:
+    baseline = normalise(open_model(MODELS / "digits_resnet.onnx"))
+    current, plan = baseline, Plan({})
+    for seed in range(3):
+        units = find_units(analyse(current))
+        current, step = cut(units, random_cut(units, np.random.default_rng(seed), 0.3))
+        plan = plan.then(step)
+    assert plan.exact
+    assert mask_oracle(baseline, current, plan).difference < 1e-5
+
+
+def test_composition_translates_positions() -> None:
+    first = Plan({"v": (Removal(1, 5, (0, 3)),)})
+    second = Plan({"v": (Removal(1, 3, (1,)),), "w": (Removal(2, 4, (2,)),)})
+    assert first.then(second).tensors == {"v": (Removal(1, 5, (0, 2, 3)),), "w": (Removal(2, 4, (2,)),)}
+
+
+def test_plans_are_stored(tmp_path: Path) -> None:
+    plan = Plan({"v": (Removal(1, 5, (0, 3)),)}, (), ("norm",))
+    content = plan.to_json("abc")
+    assert content["format"] == "onnxprune-plan/1" and content["model_sha256"] == "abc"
+    assert content["tensors"]["v"] == [{"axis": 1, "size": 5, "removed": [0, 3]}]
+    assert Plan.from_json(content) == plan
+    path = tmp_path / "plan.json"
+    path.write_text("{}")
+    with pytest.raises(UsageError, match="can't be read|not a plan"):
+        load_plan(path)
+
+
+def test_the_oracle_tells_a_wrong_cut() -> None:
+    baseline = normalise(open_model(MODELS / "digits_resnet.onnx"))
+    units = find_units(analyse(baseline))
+    group = max(units.groups, key=lambda g: len(g.units))
+    good, wrong = np.ones(units.count, bool), np.ones(units.count, bool)
+    good[group.units[:4]] = False
+    wrong[group.units[1:5]] = False
+    pruned, plan = cut(units, good)
+    other, _ = cut(units, wrong)
+    check_cut(baseline, pruned, plan)
+    with pytest.raises(ModelError, match="differs"):
+        check_cut(baseline, other, plan)
+
+
+def test_the_oracle_refuses_the_plan_of_another_model() -> None:
+    baseline = normalise(open_model(MODELS / "digits_mlp.onnx"))
+    with pytest.raises(ModelError, match="lacks"):
+        mask_oracle(baseline, baseline, Plan({"nothing": (Removal(1, 4, (0,)),)}))

@@ -1,0 +1,150 @@
+"""Scores, thresholds and widths."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxprune.cost import Cost
+from onnxprune.cut import cut
+from onnxprune.errors import ModelError
+from onnxprune.labels import analyse
+from onnxprune.model import open_model, parameter_count
+from onnxprune.normalise import normalise
+from onnxprune.score import CRITERIA, normalise_scores, score_units
+from onnxprune.select import Rounding, survivors, survivors_by_share, tau_for
+from onnxprune.threshold import Outcome, bisect_tau, initial_tau, next_progress, published_tau, reach
+from onnxprune.units import Units, find_units
+from tests.conftest import MODELS
+from tests.graphs import graph
+
+MLP = "(float[N,6] x, float[6,8] w, float[8] b, float[8,5] v) => (float[N,5] y) { h = Gemm(x, w, b) y = MatMul(h, v) }"
+
+
+def units_of(name: str) -> Units:
+    return find_units(analyse(normalise(open_model(MODELS / f"{name}.onnx"))))
+
+
+def test_weight_scores_follow_their_equations() -> None:
+    units = find_units(analyse(graph(MLP)))
+    (group,) = units.groups
+    w = units.model.graph.initializers["w"].const_value.numpy().astype(np.float64)  # type: ignore[union-attr]
+    v = units.model.graph.initializers["v"].const_value.numpy().astype(np.float64)  # type: ignore[union-attr]
+    columns = w.T
+    equations = {
+        "l1": lambda m: np.abs(m).sum(1),
+        "l2": lambda m: (m**2).sum(1),
+        "sensitivity": lambda m: np.abs(m).sum(1) / np.sqrt((m**2).sum(1)),
+        "logistic": lambda m: (1 / (1 + np.exp(-np.abs(m)))).mean(1),
+    }
+    for name, equation in equations.items():
+        expected = sum(equation(m) / equation(m).mean() for m in (columns, v))
+        np.testing.assert_allclose(score_units(units, name)[group.units], expected, rtol=1e-6)
+
+
+def test_bn_score_is_the_scale() -> None:
+    units = units_of("digits_resnet")
+    scores = score_units(units, "bn")
+    group = next(g for g in units.groups if g.name == "blocks.0.conv1.weight")
+    gamma = np.abs(units.model.graph.initializers["blocks.0.bn1.weight"].const_value.numpy())  # type: ignore[union-attr]
+    np.testing.assert_allclose(np.sort(scores[group.units]), np.sort(gamma), rtol=1e-6)
+
+
+def test_bn_score_refuses_a_model_without() -> None:
+    with pytest.raises(ModelError, match="BatchNormalization"):
+        score_units(units_of("digits_mlp"), "bn")
+
+
+def test_random_scores_follow_the_seed() -> None:
+    units = units_of("digits_mlp")
+    a, b, c = (score_units(units, "random", seed) for seed in (1, 1, 2))
+    assert (a == b).all() and (a != c).any()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("scope", ["layer", "global", "isomorphic"])
+def test_every_criterion_and_scope_reaches_half_of_the_macs(criterion: str, scope: str) -> None:
+    units = units_of("digits_resnet")
+    cost, everything = Cost(units), np.ones(units.count, bool)
+    scores = normalise_scores(units, score_units(units, criterion), scope)  # type: ignore[arg-type]
+    found = tau_for(units, scores, Rounding(1), lambda alive: cost.macs(alive) <= cost.macs(everything) / 2)
+    assert found is not None
+    assert 0.4 * cost.macs(everything) < cost.macs(found[1]) <= 0.5 * cost.macs(everything)
+
+
+@pytest.mark.parametrize("name", ["digits_resnet", "digits_mlp", "digits_vit", "digits_gru"])
+def test_predicted_costs_are_those_of_the_cut_model(name: str) -> None:
+    units = units_of(name)
+    alive = survivors_by_share(units, score_units(units), 0.4, Rounding(1))
+    model, _ = cut(units, alive)
+    again = find_units(analyse(model))
+    everything = np.ones(again.count, bool)
+    assert Cost(units).params(alive) == parameter_count(model)
+    assert Cost(units).macs(alive) == Cost(again).macs(everything)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.9, 0.99])
+def test_the_share_of_each_group_goes_and_one_unit_stays(share: float) -> None:
+    units = units_of("digits_resnet")
+    alive = survivors_by_share(units, score_units(units), share, Rounding(1))
+    for group in units.groups:
+        n = len(group.units)
+        assert alive[group.units].sum() == max(1, n - int(share * n + 0.5))
+
+
+def test_widths_are_rounded_up() -> None:
+    units = units_of("digits_resnet")
+    alive = survivors_by_share(units, score_units(units), 0.6, Rounding(8))
+    assert all(alive[group.units].sum() % 8 == 0 for group in units.groups)
+    assert all(alive[group.units].sum() >= 0.4 * len(group.units) for group in units.groups)
+
+
+def test_a_unit_goes_when_its_score_is_under_tau() -> None:
+    units = units_of("digits_mlp")
+    scores = normalise_scores(units, score_units(units), "global")
+    tau = float(np.median(scores[np.isfinite(scores)]))
+    alive = survivors(units, scores, tau, Rounding(1))
+    finite = np.isfinite(scores)
+    assert (alive[finite] == (scores[finite] >= tau)).all()
+
+
+def test_bisection_finds_the_highest_threshold_that_costs_no_more_than_allowed() -> None:
+    scores = np.concatenate([np.arange(1.0, 101.0), [np.inf]])
+    calls = []
+
+    def drop(tau: float) -> float:
+        calls.append(tau)
+        return tau / 10
+
+    tau = bisect_tau(scores, drop, 4.25, evaluations=8)
+    assert tau == 42.0
+    assert len(calls) <= 8
+
+
+def test_bisection_gives_up_when_the_first_unit_costs_too_much() -> None:
+    assert bisect_tau(np.arange(10.0), lambda tau: 9.0, 1.0) is None
+
+
+def test_the_published_rule() -> None:
+    assert published_tau(0.5, 0.3, 1.5, alpha=0.9) == pytest.approx(0.9 * 0.5 + 0.1 * 0.2)
+
+
+def test_initial_tau_comes_from_the_distribution() -> None:
+    scores = np.array([1.0, 2.0, 3.0, 4.0, np.inf])
+    assert initial_tau(scores) == pytest.approx(2.5 - np.std([1, 2, 3, 4]))
+
+
+def test_tau_backs_off_after_a_round_that_was_rolled_back() -> None:
+    failed = Outcome(1.0, 5.0, 1.0, False, 0.0)
+    assert reach([], 1.0, True) > reach([failed], 1.0, True) > reach([failed, failed], 1.0, True) >= 1.0
+    assert reach([], 1.0, False) == 1.0
+
+
+def test_progress_to_a_target() -> None:
+    kept, failed = Outcome(1, 0, 0, True, 0.5), Outcome(1, 9, 0, False, 1.0)
+    assert next_progress(1, []) == 1.0
+    assert next_progress(2, []) == 0.5
+    assert next_progress(2, [kept]) == 1.0
+    assert next_progress(2, [kept, failed]) == 0.75
+    assert next_progress(1, [Outcome(1, 0, 0, True, 1.0)]) is None
+    assert next_progress(1, [failed, failed, failed]) is None

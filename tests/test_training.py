@@ -1,0 +1,246 @@
+"""Fine-tuning: the training graph computes what the model does, learns, resumes to the bit, and fails politely."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxprune.data import Dataset, load_data
+from onnxprune.errors import TrainingError
+from onnxprune.evaluate import predict, relative_difference, run_model
+from onnxprune.model import copy_model, open_model
+from onnxprune.normalise import normalise
+from onnxprune.training import TrainingOptions, fine_tune, runtime, supported
+from onnxprune.training.client import choose_augmentation
+from onnxprune.training.forward import teacher_graph, trainable, training_graph
+from onnxprune.training.losses import plan_loss
+from onnxprune.training.worker import AdamW, augment, learning_rate
+from tests.conftest import MODELS
+from tests.graphs import graph
+
+NAMES = ["digits_resnet", "digits_mlp", "digits_vit", "digits_gru"]
+needs_training = pytest.mark.skipif(not supported(), reason="no training wheel for this Python and platform")
+
+
+def load(name: str) -> ir.Model:
+    return normalise(open_model(MODELS / f"{name}.onnx"))
+
+
+def digits(model: ir.Model, count: int = 256) -> Dataset:
+    return load_data(str(MODELS / "digits.npz"), model).take(slice(0, count))
+
+
+def damaged(model: ir.Model) -> ir.Model:
+    """The model with noise on its weights: something to win back."""
+    result, rng = copy_model(model), np.random.default_rng(0)
+    for name in trainable(result):
+        value = result.graph.initializers[name]
+        array = value.const_value.numpy()  # type: ignore[union-attr]
+        if array.ndim > 1:
+            noise = 0.5 * array.std() * rng.standard_normal(array.shape)
+            value.const_value = ir.tensor((array + noise).astype(np.float32), name=name)
+    return result
+
+
+def loss_of(model: ir.Model, teacher: ir.Model, data: Dataset) -> float:
+    a, b = (predict(m, data)[0] for m in (model, teacher))
+    return float(np.mean((a - b) ** 2) / np.mean(b**2))
+
+
+def numbers(model: ir.Model) -> dict[str, np.ndarray]:
+    return {name: model.graph.initializers[name].const_value.numpy() for name in trainable(model)}  # type: ignore[union-attr]
+
+
+LOWERED = {
+    "hard swish": "{ h = Conv(x, w) r = HardSwish(h) y = Conv(r, v) }",
+    "hard sigmoid": "{ h = Conv(x, w) r = HardSigmoid<alpha=0.3, beta=0.4>(h) y = Conv(r, v) }",
+    "average pool": "{ h = Conv(x, w) p = AveragePool<kernel_shape=[2,2], strides=[2,2]>(h) y = Conv(p, v) }",
+    "padded average pool": "{ h = Conv(x, w) p = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1]>(h) y = Conv(p, v) }",
+    "average pool, padding counts": "{ h = Conv(x, w) p = AveragePool<kernel_shape=[3,3], pads=[1,0,1,0],"
+    " count_include_pad=1>(h) y = Conv(p, v) }",
+    "average pool over everything": "{ h = Conv(x, w) p = AveragePool<kernel_shape=[6,6]>(h) y = Conv(p, v) }",
+    "dropout": "{ h = Conv(x, w) r = Dropout(h) y = Conv(r, v) }",
+}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_a_lowered_graph_computes_the_same(name: str) -> None:
+    model = graph(f"(float[N,3,6,6] x, float[8,3,1,1] w, float[5,8,1,1] v) => (float[N,5,H,W] y) {LOWERED[name]}")
+    x = np.random.default_rng(0).standard_normal((4, 3, 6, 6)).astype(np.float32)
+    expected = run_model(model, {"x": x})[0]
+    lowered = training_graph(model, plan_loss(model, Dataset({"x": x}, None)), 0)
+    feeds = {"x": x, "onnxprune.teacher.0": expected}
+    loss, found = run_model(lowered, feeds)[:2]
+    assert relative_difference(expected, found) < 1e-5
+    assert float(loss) < 1e-8
+
+
+@pytest.mark.parametrize("name", ["digits_mlp", "digits_gru", "digits_vit"])
+def test_the_training_graph_of_a_model_computes_the_same(name: str) -> None:
+    model = load(name)
+    data = digits(model, 16)
+    plan = plan_loss(model, data)
+    expected = predict(model, data)[0]
+    feeds = {**data.inputs, "onnxprune.labels": data.labels, "onnxprune.teacher.0": expected}
+    loss, found = run_model(training_graph(model, plan, 1), feeds)[:2]  # type: ignore[arg-type]
+    assert relative_difference(expected, found) < 1e-5
+    scores = expected - expected.max(1, keepdims=True)
+    log_p = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+    assert float(loss) == pytest.approx(0.5 * -log_p[np.arange(16), data.labels].mean(), rel=1e-4)  # type: ignore[index]
+    assert relative_difference(expected, run_model(teacher_graph(model, plan), data.inputs)[0]) == 0
+
+
+def test_adamw_follows_its_algorithm() -> None:
+    w, g = np.array([[1.0, -2.0]], np.float32), np.array([[0.5, 0.1]], np.float32)
+    optimizer = AdamW({"w": w}, decay=0.1)
+    m = v = np.zeros((1, 2))
+    expected = w.astype(np.float64).copy()
+    for t in range(1, 4):
+        optimizer.step({"w": g}, 0.01)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        expected = expected * (1 - 0.01 * 0.1) - 0.01 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+    np.testing.assert_allclose(w, expected, rtol=1e-5)
+
+
+def test_the_schedule_warms_up_and_falls() -> None:
+    rates = [learning_rate(step, 100, 1.0) for step in range(100)]
+    assert rates[0] == 0.2 and max(rates) == 1.0 == rates[5] and rates[-1] < 0.02
+    assert all(a <= b for a, b in zip(rates[:5], rates[1:5], strict=False))
+    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_augmentation_mirrors_and_moves_but_keeps_pixels(layout: str) -> None:
+    image = np.arange(1, 26, dtype=np.float32).reshape(1, 1, 5, 5)
+    batch = np.repeat(image, 256, 0) if layout == "nchw" else np.repeat(image, 256, 0).transpose(0, 2, 3, 1)
+    changed = augment(batch, True, 1, layout, np.random.default_rng(0))
+    assert changed.shape == batch.shape
+    plain = changed if layout == "nchw" else changed.transpose(0, 3, 1, 2)
+    kinds = set()
+    for sample in plain[:, 0]:
+        down, right = (int(x[0]) - 2 for x in np.where(sample == 13))
+        mirrored = sample[2 + down, 2 + right - 1] == 14 if right > -2 else sample[2 + down, 2 + right + 1] == 12
+        kinds.add((bool(mirrored), down, right))
+    assert len(kinds) == 18
+
+
+def test_digits_are_shifted_but_not_mirrored() -> None:
+    model = load("digits_resnet")
+    chosen = choose_augmentation(model, digits(model, 512), 1)
+    assert chosen == {"flip": False, "shift": 1, "layout": "nchw"}
+
+
+@needs_training
+@pytest.mark.parametrize("name", NAMES)
+def test_distillation_without_labels_wins_back_what_noise_took(name: str, tmp_path: Path) -> None:
+    model = load(name)
+    data = Dataset(digits(model).inputs, None)
+    student = damaged(model)
+    before = loss_of(student, model, data)
+    events: list[dict[str, Any]] = []
+    fine_tune(student, model, data, tmp_path / "job", TrainingOptions(epochs=8), progress=events.append)
+    from onnxprune.repair import reestimate_batch_norm
+
+    reestimate_batch_norm(student, data)
+    assert loss_of(student, model, data) < 0.6 * before
+    steps = [event for event in events if event["event"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, 33)) and steps[-1]["total"] == 32
+
+
+@needs_training
+def test_labels_are_learnt(tmp_path: Path) -> None:
+    model = load("digits_mlp")
+    data, student, events = digits(model), damaged(model), list[dict[str, Any]]()
+    options = TrainingOptions(epochs=10, distillation=0.0)
+    fine_tune(student, model, data, tmp_path / "job", options, progress=events.append)
+    steps = [event for event in events if event["event"] == "step"]
+    assert np.mean([e["loss"] for e in steps[-4:]]) < 0.7 * np.mean([e["loss"] for e in steps[:4]])
+    assert steps[-1]["accuracy"] >= 0.9
+
+
+@needs_training
+def test_results_are_equal_to_the_bit_whatever_the_threads_and_after_a_kill(tmp_path: Path) -> None:
+    model = load("digits_resnet")
+    data = digits(model)
+    results = []
+    for name, threads, kill in (("a", 1, False), ("b", 2, False), ("c", 2, True)):
+        student, folder = damaged(model), tmp_path / name
+
+        kills = [9] if kill else []
+
+        def progress(event: dict[str, Any], folder: Path = folder, kills: list[int] = kills) -> None:
+            if event["event"] == "step" and event["step"] in kills:
+                kills.clear()
+                os.kill(int((folder / "worker.pid").read_text()), signal.SIGKILL)
+
+        options = TrainingOptions(epochs=6, threads=threads, checkpoint_seconds=0.0)
+        fine_tune(student, model, data, folder, options, {"shift": 1}, progress)
+        results.append(numbers(student))
+    for other in results[1:]:
+        assert all((other[name] == array).all() for name, array in results[0].items())
+
+
+@needs_training
+def test_a_hung_worker_is_stopped(tmp_path: Path) -> None:
+    model = load("digits_mlp")
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 3:
+            os.kill(int((tmp_path / "job" / "worker.pid").read_text()), signal.SIGSTOP)
+
+    options = TrainingOptions(epochs=200, patience=2.0)
+    started = time.monotonic()
+    with pytest.raises(TrainingError, match="said nothing"):
+        fine_tune(damaged(model), model, digits(model), tmp_path / "job", options, progress=stop)
+    assert time.monotonic() - started < 60
+
+
+@needs_training
+def test_a_worker_out_of_memory_says_so(tmp_path: Path) -> None:
+    model = load("digits_resnet")
+    student = damaged(model)
+    before = numbers(student)
+    with pytest.raises(TrainingError, match="memory"):
+        fine_tune(student, model, digits(model), tmp_path / "job", TrainingOptions(memory_limit=400_000_000))
+    assert all((before[name] == array).all() for name, array in numbers(student).items())
+
+
+@needs_training
+def test_a_loss_that_is_not_finite_ends_training(tmp_path: Path) -> None:
+    model = load("digits_mlp")
+    with pytest.raises(TrainingError, match="not-finite"):
+        fine_tune(damaged(model), model, digits(model), tmp_path / "job", TrainingOptions(epochs=30, lr=1e30))
+
+
+def test_an_opset_that_training_does_not_read() -> None:
+    model = graph("(float[N,6] x, float[6,8] w) => (float[N,8] y) { y = MatMul(x, w) }", opset=22)
+    with pytest.raises(TrainingError, match="opset"):
+        training_graph(model, plan_loss(model, Dataset({"x": np.zeros((1, 6), np.float32)}, None)), 0)
+
+
+def test_a_platform_without_a_wheel_is_told_what_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runtime, "here", lambda: ("3.13", "Linux-aarch64"))
+    monkeypatch.setattr(runtime, "runtime_folder", lambda: tmp_path / "none")
+    with pytest.raises(TrainingError, match="--epochs 0"):
+        runtime.install_runtime()
+
+
+def test_a_wheel_with_another_hash_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runtime, "here", lambda: ("3.11", "Linux-x86_64"))
+    monkeypatch.setattr(runtime, "runtime_folder", lambda: tmp_path / "cache" / "runtime")
+    wheel = tmp_path / "onnxruntime_training_cpu.whl"
+    wheel.write_bytes(b"not the wheel")
+    with pytest.raises(TrainingError, match="SHA-256"):
+        runtime.install_runtime(wheel)
+    with pytest.raises(TrainingError, match="no such file"):
+        runtime.install_runtime(tmp_path / "missing.whl")
+    assert not (tmp_path / "cache" / "runtime").exists()
+    assert json.dumps(sorted(p.name for p in (tmp_path / "cache").iterdir())) == "[]"
