@@ -160,7 +160,7 @@ def added_memory(path: Path, inputs: Batch, threads: int | None = None) -> int:
 
 
 def _measure_memory(path: str, inputs: dict[str, Any], threads: int | None, sender: Any) -> None:
-    process = psutil.Process()
+    process = psutil.Process()  # type: ignore[no-untyped-call,unused-ignore]
     before = process.memory_info().rss
     session = open_session(path, session_options(threads))
     run_session(session, inputs)

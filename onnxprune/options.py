@@ -18,7 +18,7 @@ class RunOptions:
     """Everything that decides a run's result besides the model and the data.
 
     Targets are shares that may remain (0.5 = half); `max_drop` is in points of the metric; `round_to` None is
-    automatic, `rounds` and `epochs` None are chosen by the run. Raises `UsageError` for values out of range.
+    automatic, `rounds`, `epochs` and `lr` None are chosen by the run. Raises `UsageError` for values out of range.
     """
 
     target_macs: float | None = None
@@ -27,7 +27,7 @@ class RunOptions:
     max_drop: float | None = None
     rounds: int | None = None
     epochs: int | None = None
-    lr: float = 2e-3
+    lr: float | None = None
     criterion: str = "l2"
     scope: Scope = "global"
     granularity: Granularity = "auto"
@@ -52,7 +52,7 @@ class RunOptions:
                 raise UsageError(f"--{name.replace('_', '-')} {number}: give 1 or more")
         if self.epochs is not None and self.epochs < 0:
             raise UsageError(f"--epochs {self.epochs}: give 0 or more")
-        if not self.lr > 0:
+        if self.lr is not None and not self.lr > 0:
             raise UsageError(f"--lr {self.lr:g}: give a learning rate above 0")
 
     @property

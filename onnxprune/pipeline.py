@@ -60,7 +60,10 @@ HELD_BACK = 0.2  # of the data, for decisions, when no evaluation data is given
 PROBE_SAMPLES = 1024
 STEPS_A_ROUND = 1000  # fine-tuning steps that epochs are chosen for when they aren't given
 WITHOUT_DATA = 0.75  # share of the MACs to keep when nothing can be measured
+TARGET_ROUNDS = 2  # when not given, on the way to a target with fine-tuning in between
 ROUNDS = 4  # when not given, for runs that an allowed drop alone ends
+
+RATE, RATE_WITH_BATCH_NORM = 1e-3, 3e-3  # of AdamW, when not given
 
 Data = str | Mapping[str, NDArray[Any]]
 Proposal = dict[str, Any]
@@ -226,7 +229,7 @@ class Run:
         """The cut that the next round tries, from what the last ones cost; None when the run is done."""
         history = [Outcome(**{name: record[name] for name in Outcome.__annotations__}) for record in records]
         if self.targets:
-            aim = next_progress(self.options.rounds or 1, history)
+            aim = next_progress(self.options.rounds or (TARGET_ROUNDS if self.epochs else 1), history)
             if aim is None:
                 return None
             compute = lambda: self._cut_to(state, aim)  # noqa: E731
@@ -341,7 +344,7 @@ class Run:
         assert self.train is not None
         options = TrainingOptions(
             epochs=self.epochs,
-            lr=self.options.lr,
+            lr=self.options.lr or default_rate(model),
             batch=self.options.batch,
             distillation=self.options.distillation,
             threads=self.options.threads or os.cpu_count() or 1,
@@ -433,6 +436,12 @@ class Run:
             "drop": drop if self.judge.measured else None,
             "met": bool(met),
         }
+
+
+def default_rate(model: ir.Model) -> float:
+    """A peak learning rate: networks with batch normalisation bear, and use, a higher one."""
+    normalised = any(node.op_type == "BatchNormalization" for node in model.graph)
+    return RATE_WITH_BATCH_NORM if normalised else RATE
 
 
 def costs_of(units: Units, alive: Alive | None = None) -> dict[str, int]:

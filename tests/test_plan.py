@@ -44,7 +44,7 @@ def test_plans_are_stored(tmp_path: Path) -> None:
     assert Plan.from_json(content) == plan
     path = tmp_path / "plan.json"
     path.write_text("{}")
-    with pytest.raises(UsageError, match="can't be read|not a plan"):
+    with pytest.raises(UsageError, match=r"can't be read|not a plan"):
         load_plan(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -113,8 +114,8 @@ def test_adamw_follows_its_algorithm() -> None:
 def test_the_schedule_warms_up_and_falls() -> None:
     rates = [learning_rate(step, 100, 1.0) for step in range(100)]
     assert rates[0] == 0.2 and max(rates) == 1.0 == rates[5] and rates[-1] < 0.02
-    assert all(a <= b for a, b in zip(rates[:5], rates[1:5], strict=False))
-    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(rates[:5]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[5:]))
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])

@@ -31,12 +31,14 @@ RUN_OPTIONS = [
         help="Points of the metric that may be lost.  [default: 1 without a target]",
     ),
     click.option(
-        "--rounds", type=int, metavar="N", help="Rounds of cutting and tuning.  [default: 1 to a target, else 4]"
+        "--rounds", type=int, metavar="N", help="Rounds of cutting and tuning.  [default: 2 to a target, else 4]"
     ),
     click.option(
         "--epochs", type=int, metavar="N", help="Epochs of fine-tuning in each round.  [default: about 1,000 steps]"
     ),
-    click.option("--lr", type=float, default=2e-3, metavar="F", help="Peak learning rate of AdamW."),
+    click.option(
+        "--lr", type=float, metavar="F", help="Peak learning rate of AdamW.  [default: by the kind of network]"
+    ),
     click.option("--criterion", type=click.Choice(list(CRITERIA)), default="l2", help="How units are scored."),
     click.option("--scope", type=click.Choice(SCOPES), default="global", help="What units are compared with."),
     click.option(

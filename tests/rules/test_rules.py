@@ -10,7 +10,8 @@ from tests.graphs import check_oracle, graph
 EXACT = {
     "conv": ([8], "(float[N,3,6,6] x, float[8,3,3,3] w, float[8] b, float[5,8,1,1] v) => (float[N,5,6,6] y)"
         "{ h = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(h) y = Conv(r, v) }"),
-    "conv 1d": ([8], "(float[N,3,9] x, float[8,3,3] w, float[5,8,1] v) => (float[N,5,7] y) { h = Conv(x, w) y = Conv(h, v) }"),
+    "conv 1d": ([8], "(float[N,3,9] x, float[8,3,3] w, float[5,8,1] v) => (float[N,5,7] y)"
+        "{ h = Conv(x, w) y = Conv(h, v) }"),
     "conv 3d": ([4], "(float[N,2,4,4,4] x, float[4,2,1,1,1] w, float[3,4,1,1,1] v) => (float[N,3,4,4,4] y)"
         "{ h = Conv(x, w) y = Conv(h, v) }"),
     "depthwise": ([8], "(float[N,3,6,6] x, float[8,3,1,1] w, float[8,1,3,3] d, float[8] b, float[5,8,1,1] v)"
@@ -124,7 +125,8 @@ INEXACT = {
         "=> (float[4,N,5] y) <int64[1] axes = {1}> { h = GRU<hidden_size=7>(x, w, r, b) s = Squeeze(h, axes)"
         "y = MatMul(s, g) }"),
     "two-way lstm": ([7], "(float[4,N,6] x, float[2,28,6] w, float[2,28,7] r, float[2,56] b, float[14,5] g)"
-        "=> (float[4,N,5] y) <int64[3] join = {0,0,-1}> { h = LSTM<hidden_size=7, direction=\"bidirectional\">(x, w, r, b)"
+        "=> (float[4,N,5] y) <int64[3] join = {0,0,-1}> "
+        "{ h = LSTM<hidden_size=7, direction=\"bidirectional\">(x, w, r, b)"
         "t = Transpose<perm=[0,2,1,3]>(h) s = Reshape(t, join) y = MatMul(s, g) }"),
 }  # fmt: skip
 
