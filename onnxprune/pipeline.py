@@ -227,7 +227,7 @@ class Run:
 
     def _propose(self, state: State, records: list[Record]) -> Proposal | None:
         """The cut that the next round tries, from what the last ones cost; None when the run is done."""
-        history = [Outcome(**{name: record[name] for name in Outcome.__annotations__}) for record in records]
+        history = [outcome_of(record) for record in records]
         if self.targets:
             aim = next_progress(self.options.rounds or (TARGET_ROUNDS if self.epochs else 1), history)
             if aim is None:
@@ -451,7 +451,13 @@ def costs_of(units: Units, alive: Alive | None = None) -> dict[str, int]:
     return {name: measures[name](alive) for name in RESOURCES}
 
 
+def outcome_of(record: Record) -> Outcome:
+    """What the controllers learn from a round; what couldn't be measured counts as infinitely bad."""
+    worst = {name: float("inf") if record[name] is None else record[name] for name in ("drop", "loss")}
+    return Outcome(record["tau"], worst["drop"], worst["loss"], record["accepted"], record["progress"])
+
+
 def failed_record(proposal: Proposal, error: TrainingError) -> Record:
     """The record of a round whose training failed: nothing of it is kept."""
-    nothing = {"drop": float("inf"), "loss": float("inf"), "metric": None, "macs_share": None, "accepted": False}
+    nothing = {"drop": None, "loss": None, "metric": None, "macs_share": None, "accepted": False}
     return {"tau": proposal["tau"], "progress": proposal.get("progress", 0.0), **nothing, "error": str(error)}

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from onnxprune.files import finite
 from onnxprune.progress import Listener
 from onnxprune.report import Report, Side
 
@@ -30,7 +31,7 @@ def show(table: Table) -> None:
 
 def print_json(content: Any) -> None:
     """One JSON object on stdout."""
-    print(json.dumps(content))
+    print(json.dumps(finite(content)))
 
 
 class TerminalListener(Listener):

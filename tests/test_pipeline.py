@@ -1,0 +1,130 @@
+"""The round loop: rolling back, failing rounds, controllers, and what a run folder refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import onnxprune
+from onnxprune import RunOptions, TrainingError, UsageError, pipeline
+from onnxprune.threshold import published_tau
+from tests.conftest import MODELS
+
+MODEL, DIGITS, TEST = MODELS / "digits_mlp.onnx", str(MODELS / "digits.npz"), str(MODELS / "digits_test.npz")
+QUICK: dict[str, Any] = {"epochs": 0, "bench_seconds": 0.1}
+
+
+def run(folder: Path, resume: bool = False, **options: Any) -> onnxprune.Report:
+    return onnxprune.run(
+        MODEL,
+        DIGITS,
+        output=folder / "out.onnx",
+        eval_data=TEST,
+        resume=resume,
+        options=RunOptions(**{**QUICK, **options}),
+    )
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_rolled_back_round_leaves_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    # The first cut is kept; the way on costs more than the first one did, and is undone.
+    one = run(tmp_path / "one", target_macs=0.8, rounds=1)
+    two = run(tmp_path / "two", target_macs=0.8**2, max_drop=one.target["drop"], rounds=2)
+    assert one.met and not two.met
+    verdicts = [record["accepted"] for record in two.rounds]
+    assert verdicts[0] and not all(verdicts)
+    kept = [record for record in two.rounds if record["accepted"]]
+    assert two.pruned.macs == kept[-1]["macs"]
+    if len(kept) == 1:
+        assert digest(tmp_path / "one" / "out.onnx") == digest(tmp_path / "two" / "out.onnx")
+
+
+def test_a_failing_round_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fail_after_the_first(*arguments: Any, **named: Any) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise TrainingError("training failed (memory): out of memory")
+
+    monkeypatch.setattr(pipeline, "fine_tune", fail_after_the_first)
+    report = run(tmp_path, target_macs=0.5, epochs=1, rounds=2)
+    assert not report.met
+    assert [record["accepted"] for record in report.rounds][:2] == [True, False]
+    assert report.pruned.macs == report.rounds[0]["macs"] < report.baseline.macs
+    assert any("out of memory" in note for note in report.notes)
+    assert json.loads((tmp_path / "out.onnxprune" / "report.json").read_text())["rounds"][1]["drop"] is None
+
+
+def test_when_every_round_fails_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise TrainingError("training failed (memory): out of memory")
+
+    monkeypatch.setattr(pipeline, "fine_tune", fail)
+    with pytest.raises(TrainingError, match="memory"):
+        run(tmp_path, target_macs=0.5, epochs=1)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_the_published_controller_follows_its_formula(tmp_path: Path) -> None:
+    report = run(tmp_path, controller="published", max_drop=3.0, rounds=3)
+    kept = True
+    for before, after in zip(report.rounds, report.rounds[1:], strict=False):
+        kept = kept and before["accepted"]
+        if kept:
+            assert after["tau"] == pytest.approx(published_tau(before["tau"], before["loss"], 3.0))
+    assert report.rounds[0]["accepted"] and report.pruned.macs < report.baseline.macs
+
+
+@pytest.mark.parametrize("target", ["macs", "params", "size"])
+def test_every_resource_can_be_the_target(target: str, tmp_path: Path) -> None:
+    report = run(tmp_path, **{f"target_{target}": 0.7})
+    assert report.met
+    assert 0.6 < report.target["resources"][target]["reached"] <= 0.7
+
+
+def test_the_user_metric_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "def recall(outputs, labels):\n    return float((outputs[0].argmax(1) == labels)[labels == 3].mean() * 100)\n"
+    )
+    report = run(tmp_path, target_macs=0.8, metric="mine:recall")
+    with np.load(TEST) as data:
+        scores = onnxruntime.InferenceSession(str(tmp_path / "out.onnx")).run(None, {"input": data["input"]})[0]
+        expected = (scores.argmax(1) == 3)[data["labels"] == 3].mean() * 100
+    assert report.pruned.metric == {"name": "mine:recall", "value": pytest.approx(expected)}
+
+
+def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, target_macs=0.8)
+    again = run(tmp_path, target_macs=0.8, resume=True)
+    assert again.met
+    with pytest.raises(UsageError, match="options"):
+        run(tmp_path, target_macs=0.7, resume=True)
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "out.onnxprune" / "thesis.txt"
+    precious.parent.mkdir()
+    precious.write_text("years of work")
+    with pytest.raises(UsageError, match="not a run folder"):
+        run(tmp_path, target_macs=0.8)
+    assert precious.read_text() == "years of work"
+
+
+def test_data_may_be_arrays(tmp_path: Path) -> None:
+    with np.load(TEST) as data:
+        arrays = {"input": data["input"], "labels": data["labels"]}
+    report = onnxprune.run(MODEL, arrays, output=tmp_path / "out.onnx", options=RunOptions(**QUICK, target_macs=0.8))
+    assert report.met and any("held back" in note for note in report.notes)
