@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import psutil
 from numpy.typing import NDArray
 
 from onnxprune.data import random_inputs
@@ -108,7 +108,7 @@ def bench_models(
                     provider,
                     Latency(float(np.median(row)) * 1e3, float(np.quantile(row, 0.9)) * 1e3, len(row)),
                     compare(times[0], row),
-                    added_memory(path, inputs, threads),
+                    added_memory(path, provider, threads, batch, seed),
                     model_bytes(path),
                 )
             )
@@ -149,22 +149,20 @@ def compare(first: NDArray[np.float64], other: NDArray[np.float64], seed: int = 
     return Comparison(speedup, float(min(low, speedup)), float(max(high, speedup)))
 
 
-def added_memory(path: Path, inputs: Batch, threads: int | None = None) -> int:
-    """Bytes that loading and running a model once adds to the resident memory of a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_memory, args=(str(path), dict(inputs), threads, sender), daemon=True)
-    process.start()
-    process.join(120)
-    return int(receiver.recv()) if receiver.poll(0) else 0
-
-
-def _measure_memory(path: str, inputs: dict[str, Any], threads: int | None, sender: Any) -> None:
-    process = psutil.Process()  # type: ignore[no-untyped-call,unused-ignore]
-    before = process.memory_info().rss
-    session = open_session(path, session_options(threads))
-    run_session(session, inputs)
-    sender.send(max(0, process.memory_info().rss - before))
+def added_memory(path: Path, provider: str, threads: int | None, batch: int, seed: int) -> int:
+    """Bytes that loading and running a model once adds to the memory of a process of its own; 0 if that fails."""
+    command = [
+        sys.executable,
+        "-m",
+        "onnxprune.footprint",
+        str(path),
+        provider,
+        str(threads or 0),
+        str(batch),
+        str(seed),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    return int(done.stdout) if done.returncode == 0 else 0
 
 
 def model_bytes(path: Path) -> int:

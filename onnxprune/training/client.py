@@ -27,9 +27,11 @@ from onnxprune.model import save_model
 from onnxprune.training.forward import teacher_graph, trainable, training_graph
 from onnxprune.training.losses import plan_loss
 from onnxprune.training.runtime import install_runtime
+from onnxprune.training.worker import augment
 
 SHARD = 32  # samples a thread works on at a time; batch statistics are taken over them
-WORST_LOSS = 0.02  # of the answers an augmentation may change before it is left out
+PROBE = 512  # images that an augmentation is tried on
+TOLERATED = 0.1  # of the answers that may turn wrong under an augmentation
 
 RESTARTS = 2  # of a worker that died without a word
 
@@ -196,39 +198,33 @@ def _watch(process: subprocess.Popen[bytes], patience: float, progress: Progress
 
 
 def choose_augmentation(model: ir.Model, data: Dataset, threads: int | None) -> dict[str, Any]:
-    """Flips and shifts for images, each only if the uncut model gives nearly the same answers under it.
+    """Flips and shifts for images, each only if the uncut model is nearly as right under it.
 
-    Digits must not be mirrored, photographs may be: the model itself knows. An augmentation is left out when more than
-    2 % of 512 answers (or of the cosine of other outputs) change.
+    Digits must not be mirrored, photographs may be: the model itself knows. Right means the labels where there are any,
+    else the model's own answers to the unchanged images. Raises nothing: what isn't images isn't augmented.
     """
-    value = model_inputs(model)[0]
-    shape = list(value.shape or ())
-    if len(model_inputs(model)) != 1 or len(shape) != 4 or value.dtype != ir.DataType.FLOAT:
+    values = model_inputs(model)
+    shape = list(values[0].shape or ())
+    if len(values) != 1 or len(shape) != 4 or values[0].dtype != ir.DataType.FLOAT:
         return {}
     layout = "nchw" if shape[1] in (1, 3, 4) else "nhwc" if shape[3] in (1, 3, 4) else None
-    array = data.inputs[value.name or ""][:512]
-    if layout is None or len(array) < 16:
+    part = data.take(slice(0, PROBE))
+    images = part.inputs[values[0].name or ""]
+    scores = predict(model, part, threads)[0]
+    if layout is None or len(part) < 16 or scores.ndim != 2 or scores.shape[1] < 2:
         return {}
-    rows, columns = (2, 3) if layout == "nchw" else (1, 2)
-    shift = max(1, array.shape[rows] // 8)
-    before = predict(model, Dataset({value.name or "": array}, None), threads)[0]
+    labelled = part.labels is not None and part.labels.ndim == 1 and part.labels.dtype.kind in "iu"
+    wanted = part.labels if labelled else scores.argmax(1)
 
-    def harmless(changed: np.ndarray[Any, Any]) -> bool:
-        after = predict(model, Dataset({value.name or "": np.ascontiguousarray(changed)}, None), threads)[0]
-        if before.ndim == 2 and before.shape[1] > 1:
-            return float((before.argmax(1) != after.argmax(1)).mean()) <= WORST_LOSS + _noise(before)
-        return False
+    def right(changed: np.ndarray[Any, Any]) -> float:
+        answers = predict(model, Dataset({values[0].name or "": changed}, None), threads)[0].argmax(1)
+        return float((answers == wanted).mean())
 
-    flip = harmless(np.flip(array, columns))
-    moved = np.zeros_like(array)
-    source, target = [slice(None)] * 4, [slice(None)] * 4
-    source[columns], target[columns] = slice(0, -shift), slice(shift, None)
-    moved[tuple(target)] = array[tuple(source)]
-    return {"flip": flip, "shift": shift if harmless(moved) else 0, "layout": layout}
-
-
-def _noise(scores: np.ndarray[Any, Any]) -> float:
-    """The share of answers that hang on little: the two best scores within a tenth of the spread."""
-    ordered = np.sort(scores, 1)
-    spread = max(float(scores.std()), 1e-12)
-    return float((ordered[:, -1] - ordered[:, -2] < 0.5 * spread).mean())
+    least = right(images) - TOLERATED
+    shift = max(1, images.shape[2] // 8)
+    rng = np.random.default_rng(0)
+    return {
+        "flip": right(augment(images, True, 0, layout, rng)) >= least,
+        "shift": shift if right(augment(images, False, shift, layout, rng)) >= least else 0,
+        "layout": layout,
+    }
