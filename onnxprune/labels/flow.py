@@ -98,6 +98,7 @@ class Flow:
     kinds: list[tuple[NDArray[np.int64], str]] = field(default_factory=list)
     count: int = 0
     node: ir.Node | None = None
+    asked: set[ir.Value] = field(default_factory=set)  # what the rule at work has looked at
 
     def fresh(self, size: int | None) -> Vector:
         """New labels for an axis; None for a size of one (it can't be cut) or an unknown size."""
@@ -116,6 +117,7 @@ class Flow:
         """The vectors of a value's axes; fresh ones for an initializer that is asked for the first time."""
         if value is None:
             return ()
+        self.asked.add(value)
         if value not in self.axes:
             shape = self.shape(value) or ()
             parameter = value.is_initializer() and not value.is_graph_input()

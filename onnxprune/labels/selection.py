@@ -81,8 +81,9 @@ def split(flow: Flow, node: ir.Node) -> None:
 @resize("Split")
 def resize_split(cut: Cut, node: ir.Node) -> None:
     """The sizes of the parts follow from what is left of each."""
-    axis = integer(node, "axis", 0) % max(len(cut.axes(node.inputs[0])), 1)
-    if cut.axes(node.inputs[0])[axis] is None:
+    vectors = cut.axes(node.inputs[0])
+    axis = integer(node, "axis", 0) % max(len(vectors), 1)
+    if not vectors or vectors[axis] is None:
         return
     node.attributes.pop("num_outputs", None)
     cut.set_ints(node, 1, [cut.size(output, axis) for output in node.outputs])
@@ -133,7 +134,7 @@ def resize_slice(cut: Cut, node: ir.Node) -> None:
     """Bounds move by what was removed before them."""
     vectors = cut.axes(node.inputs[0])
     starts, ends = cut.ints(node, 1), cut.ints(node, 2)
-    if starts is None or ends is None:
+    if starts is None or ends is None or all(vector is None for vector in vectors):
         return
     axes = cut.ints(node, 3) or list(range(len(starts)))
     for i, axis in enumerate(axes):
@@ -174,7 +175,7 @@ def resize_pad(cut: Cut, node: ir.Node) -> None:
     """Padding along a cut axis shrinks to the padded positions that are left."""
     out, inside = cut.axes(node.outputs[0]), cut.axes(node.inputs[0])
     pads = cut.ints(node, 1)
-    if pads is None:
+    if pads is None or all(vector is None for vector in out):
         return
     axes = cut.ints(node, 3) or list(range(len(inside)))
     for i, axis in enumerate(axes):

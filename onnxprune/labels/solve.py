@@ -71,7 +71,11 @@ def _apply_rule(flow: Flow, node: ir.Node) -> None:
     elif any(flow.shape(value) is None for value in seen if not _unused(value)):
         reason = "the shape of an operand is unknown"
     else:
+        flow.asked.clear()
         known(flow, node)
+        for unseen in {value for value in node.inputs if value is not None} - flow.asked:
+            # a rule answers for the operands that it looks at; a target or a size must stay as it is
+            flow.lock_all(flow.of(unseen), f"{operator_name(node)} reads it as it is")
         return
     for value in (*node.inputs, *_captured(node)):
         if value is not None:

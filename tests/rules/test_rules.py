@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import pytest
 
-from tests.graphs import check_oracle, graph
+from onnxprune.labels import analyse
+from onnxprune.units import find_units
+from tests.graphs import check_oracle, graph, proto
 
 # name: (units of each group, exact, graph)
 EXACT = {
@@ -180,6 +183,24 @@ def test_granularity_of_heads(granularity: str, sizes: list[int]) -> None:
 def test_granularity_of_groups() -> None:
     units = check_oracle(graph(EXACT["grouped"][1]), granularity="rows")
     assert [len(group.units) for group in units.groups] == [2]
+
+
+def test_sizes_that_another_operator_reads_stay_as_they_are() -> None:
+    """The constants in a computed target are integers that must not be cut, though nothing but the target uses them."""
+    text = """(float[N,3,4,4] x, float[8,3,1,1] w, float[5,8,1,1] v) => (float[N,5,H,W] y)
+    <int64[2] space = {9, 9}, int64[1] zero = {0}, int64[1] two = {2}>
+    { h = Conv(x, w) p = Conv(h, v) s = Shape(p) b = Slice(s, zero, two) t = Concat<axis=0>(b, space)
+      y = Resize<mode="nearest">(p, , , t) }"""
+    units = check_oracle(graph(text))
+    assert [len(group.units) for group in units.groups] == [8]
+
+
+def test_slices_of_what_has_no_labels() -> None:
+    text = """(float[N,6] x, float[6,8] w, float[8,5] v) => (float[N,5] y, float[2,2] z)
+    <int64[1] zero = {0}, int64[1] two = {2}, int64[1] axes = {-1}>
+    { h = MatMul(x, w) y = MatMul(h, v) s = RandomNormal<shape=[2,4]>() z = Slice(s, zero, two, axes) }"""
+    model = ir.from_proto(proto(text))
+    assert [len(group.units) for group in find_units(analyse(model)).groups] == [8]
 
 
 def test_opset_13_reductions_and_old_shapes() -> None:
