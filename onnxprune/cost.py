@@ -81,16 +81,16 @@ class Cost:
         size = self._sizes(alive)
         return round(sum(math.prod(size(value) or ()) * width for value, width, _ in self._parameters))
 
-    def of_units(self, units: Units) -> NDArray[np.float64]:
-        """The share of all MACs that one unit of each component's group takes; of the parameters, where none."""
+    def of_groups(self, units: Units) -> list[float]:
+        """The share of all MACs that goes with all but one unit of each group; of the parameters, where none goes."""
         everything = np.ones(units.count, bool)
         total, params = self.macs(everything), self.params(everything)
-        shares = np.ones(units.count)
+        shares = []
         for group in units.groups:
             rest = everything.copy()
             rest[group.units[1:]] = False
             saved = (total - self.macs(rest)) / max(total, 1) or (params - self.params(rest)) / max(params, 1)
-            shares[group.units] = max(saved, 1e-12) / max(len(group.units) - 1, 1)
+            shares.append(max(saved, 1e-12))
         return shares
 
     def _sizes(self, alive: Alive) -> Callable[[ir.Value], tuple[int, ...] | None]:

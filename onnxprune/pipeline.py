@@ -37,7 +37,7 @@ from onnxprune.plan import Plan, load_plan
 from onnxprune.progress import Listener
 from onnxprune.repair import reestimate_batch_norm
 from onnxprune.report import Report, Side, latency_sides, versions, widths
-from onnxprune.score import normalise_scores, score_units
+from onnxprune.score import Origin, normalise_scores, origin_of, score_units
 from onnxprune.select import Rounding, survivors, tau_for
 from onnxprune.threshold import (
     EVALUATIONS,
@@ -60,7 +60,6 @@ HELD_BACK = 0.2  # of the data, for decisions, when no evaluation data is given
 PROBE_SAMPLES = 1024
 STEPS_A_ROUND = 1000  # fine-tuning steps that epochs are chosen for when they aren't given
 WITHOUT_DATA = 0.75  # share of the MACs to keep when nothing can be measured
-TARGET_ROUNDS = 2  # when not given, on the way to a target with fine-tuning in between
 ROUNDS = 4  # when not given, for runs that an allowed drop alone ends
 
 RATE, RATE_WITH_BATCH_NORM = 1e-3, 3e-3  # of AdamW, when not given
@@ -186,6 +185,11 @@ class Run:
         return choose_augmentation(self.baseline, self.train, self.options.threads)
 
     @cached_property
+    def origin(self) -> Origin:
+        """What the groups of the uncut model are like: scores of later rounds are relative to it."""
+        return origin_of(self.units)
+
+    @cached_property
     def base_costs(self) -> dict[str, int]:
         """MACs, parameters and bytes of the uncut model."""
         return costs_of(self.units)
@@ -229,7 +233,7 @@ class Run:
         """The cut that the next round tries, from what the last ones cost; None when the run is done."""
         history = [outcome_of(record) for record in records]
         if self.targets:
-            aim = next_progress(self.options.rounds or (TARGET_ROUNDS if self.epochs else 1), history)
+            aim = next_progress(self.options.rounds or 1, history)
             if aim is None:
                 return None
             compute = lambda: self._cut_to(state, aim)  # noqa: E731
@@ -286,7 +290,7 @@ class Run:
     def _scored(self, model: ir.Model) -> tuple[Units, NDArray[np.float64], Rounding]:
         units = find_units(analyse(model, self.options.granularity))
         raw = score_units(units, self.options.criterion, self.options.seed)
-        return units, normalise_scores(units, raw, self.options.scope), Rounding(self.options.round_to)
+        return units, normalise_scores(units, raw, self.options.scope, self.origin), Rounding(self.options.round_to)
 
     # ---- one round
 

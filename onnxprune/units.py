@@ -26,6 +26,7 @@ class Group:
     members: tuple[str, ...]
     aligned: bool  # feeds or leaves a convolution, where runtimes like round widths
     repeats: int  # positions of one unit along its shortest axis
+    channels: int  # positions of all units along the shortest axis of a parameter: heads times their size
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def find_units(solution: Solution) -> Units:
     """Groups the components that can be removed by the axes that they lie along."""
     signature = np.zeros(len(solution.locked), np.uint64)
     repeats = np.full(len(solution.locked), np.iinfo(np.int64).max)
+    wide = repeats.copy()
     seen: set[bytes] = set()
     random = np.random.default_rng(0)
     owners: list[tuple[NDArray[np.int64], str]] = []
@@ -68,21 +70,24 @@ def find_units(solution: Solution) -> Units:
         for vector in solution.axes(value):
             if vector is None:
                 continue
+            present, counts = np.unique(vector, return_counts=True)
+            if value.is_initializer():
+                wide[present] = np.minimum(wide[present], counts)
+                owners.append((vector, value.name or ""))
             if vector.tobytes() not in seen:
                 seen.add(vector.tobytes())
                 with np.errstate(over="ignore"):
                     np.add.at(signature, vector, random.integers(1, 2**63, dtype=np.uint64))
-                present, counts = np.unique(vector, return_counts=True)
                 repeats[present] = np.minimum(repeats[present], counts)
-            if value.is_initializer():
-                owners.append((vector, value.name or ""))
-    return Units(solution, tuple(_groups(solution, signature, repeats, owners)))
+    wide = np.where(wide == np.iinfo(np.int64).max, 1, wide)
+    return Units(solution, tuple(_groups(solution, signature, repeats, wide, owners)))
 
 
 def _groups(
     solution: Solution,
     signature: NDArray[np.uint64],
     repeats: NDArray[np.int64],
+    wide: NDArray[np.int64],
     owners: list[tuple[NDArray[np.int64], str]],
 ) -> list[Group]:
     free = np.flatnonzero(~solution.locked & (signature != 0))
@@ -110,7 +115,16 @@ def _groups(
         label = names[group][0] if names[group] else f"group {group}"
         members = tuple(dict.fromkeys(names[group]))
         groups.append(
-            Group(label, units, kinds[group], exact, members, bool(aligned[group]), int(repeats[units].min()))
+            Group(
+                label,
+                units,
+                kinds[group],
+                exact,
+                members,
+                bool(aligned[group]),
+                int(repeats[units].min()),
+                int(wide[units].sum()),
+            )
         )
     return sorted(groups, key=lambda group: int(group.units[0]))
 

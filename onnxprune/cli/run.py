@@ -31,7 +31,7 @@ RUN_OPTIONS = [
         help="Points of the metric that may be lost.  [default: 1 without a target]",
     ),
     click.option(
-        "--rounds", type=int, metavar="N", help="Rounds of cutting and tuning.  [default: 2 to a target, else 4]"
+        "--rounds", type=int, metavar="N", help="Rounds of cutting and tuning.  [default: 1 to a target, else 4]"
     ),
     click.option(
         "--epochs", type=int, metavar="N", help="Epochs of fine-tuning in each round.  [default: about 1,000 steps]"
