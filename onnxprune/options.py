@@ -37,7 +37,7 @@ class RunOptions:
     providers: tuple[str, ...] = ("cpu",)
     threads: int | None = None
     seed: int = 0
-    distillation: float = 0.5
+    distillation: float = 0.8
     batch: int = 64
     bench_seconds: float = 4.0
 

@@ -62,7 +62,7 @@ STEPS_A_ROUND = 1000  # fine-tuning steps that epochs are chosen for when they a
 WITHOUT_DATA = 0.75  # share of the MACs to keep when nothing can be measured
 ROUNDS = 4  # when not given, for runs that an allowed drop alone ends
 
-RATE, RATE_WITH_BATCH_NORM = 1e-3, 3e-3  # of AdamW, when not given
+RATE, RATE_WITH_BATCH_NORM = 1e-3, 4e-3  # of AdamW, when not given
 
 Data = str | Mapping[str, NDArray[Any]]
 Proposal = dict[str, Any]

@@ -125,13 +125,13 @@ Origin = dict[str, tuple[int, float]]  # group -> units in the uncut model, and 
 def origin_of(units: Units) -> Origin:
     """What makes scores of different groups comparable, taken from the uncut model.
 
-    A group's scores, whose mean is about the same everywhere, are divided by the root of its share of the MACs: dear
-    layers go first. The fourth root of its channels spares wide layers a little. Both exponents were chosen on
-    ResNet-20, ResNet-56 and a small ViT, where a range of others does nearly as well (docs/architecture.md).
+    A group's scores, whose mean is about the same everywhere, are divided by the root of what one channel of it costs,
+    its share of the MACs over its channels: dear channels go first. A head counts as as many channels as it has, so
+    that heads and hidden units are on one scale. Chosen by measurement (docs/architecture.md).
     """
     costs = Cost(units).of_groups(units)
     return {
-        group.name: (len(group.units), group.channels**0.25 / cost**0.5)
+        group.name: (len(group.units), (group.channels / cost) ** 0.5)
         for group, cost in zip(units.groups, costs, strict=True)
     }
 

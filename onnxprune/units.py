@@ -26,7 +26,7 @@ class Group:
     members: tuple[str, ...]
     aligned: bool  # feeds or leaves a convolution, where runtimes like round widths
     repeats: int  # positions of one unit along its shortest axis
-    channels: int  # positions of all units along the shortest axis of a parameter: heads times their size
+    channels: int  # positions of all units along a typical axis of their parameters; a head has many
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ def find_units(solution: Solution) -> Units:
     """Groups the components that can be removed by the axes that they lie along."""
     signature = np.zeros(len(solution.locked), np.uint64)
     repeats = np.full(len(solution.locked), np.iinfo(np.int64).max)
-    wide = repeats.copy()
     seen: set[bytes] = set()
     random = np.random.default_rng(0)
     owners: list[tuple[NDArray[np.int64], str]] = []
@@ -72,22 +71,19 @@ def find_units(solution: Solution) -> Units:
                 continue
             present, counts = np.unique(vector, return_counts=True)
             if value.is_initializer():
-                wide[present] = np.minimum(wide[present], counts)
                 owners.append((vector, value.name or ""))
             if vector.tobytes() not in seen:
                 seen.add(vector.tobytes())
                 with np.errstate(over="ignore"):
                     np.add.at(signature, vector, random.integers(1, 2**63, dtype=np.uint64))
                 repeats[present] = np.minimum(repeats[present], counts)
-    wide = np.where(wide == np.iinfo(np.int64).max, 1, wide)
-    return Units(solution, tuple(_groups(solution, signature, repeats, wide, owners)))
+    return Units(solution, tuple(_groups(solution, signature, repeats, owners)))
 
 
 def _groups(
     solution: Solution,
     signature: NDArray[np.uint64],
     repeats: NDArray[np.int64],
-    wide: NDArray[np.int64],
     owners: list[tuple[NDArray[np.int64], str]],
 ) -> list[Group]:
     free = np.flatnonzero(~solution.locked & (signature != 0))
@@ -98,10 +94,12 @@ def _groups(
     index[free] = group_of
     count = int(group_of.max()) + 1
     names: list[list[str]] = [[] for _ in range(count)]
+    positions: list[list[int]] = [[] for _ in range(count)]
     for vector, name in owners:
-        for group in np.unique(index[vector]):
+        for group, times in zip(*np.unique(index[vector], return_counts=True), strict=True):
             if group >= 0:
                 names[group].append(name)
+                positions[group].append(int(times))
     kinds = ["width"] * count
     for labels, kind in solution.flow.kinds:
         for group in np.unique(index[solution.component[labels]]):
@@ -123,7 +121,7 @@ def _groups(
                 members,
                 bool(aligned[group]),
                 int(repeats[units].min()),
-                int(wide[units].sum()),
+                int(np.median(positions[group] or [len(units)])),
             )
         )
     return sorted(groups, key=lambda group: int(group.units[0]))
