@@ -50,7 +50,7 @@ from onnxprune.threshold import (
     published_tau,
     reach,
 )
-from onnxprune.training import TrainingOptions, fine_tune
+from onnxprune.training import TrainingOptions, fine_tune, install_runtime
 from onnxprune.training.client import choose_augmentation
 from onnxprune.units import Units, find_units, prunable
 from onnxprune.verify import check_cut
@@ -200,6 +200,8 @@ class Run:
         """Runs all rounds, finalises, benchmarks and reports."""
         started = time.monotonic()
         state, records, failure = State(self.baseline, Plan({})), list[Record](), None
+        if self.epochs:
+            install_runtime(say=self.listener.note)  # before any work: it may not exist for this platform
         self.listener.stage("measuring the uncut model")
         try:
             while (proposal := self._propose(state, records)) is not None:

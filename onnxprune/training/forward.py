@@ -162,6 +162,13 @@ def _layer_norm(lower: Lowerer, node: ir.Node) -> None:
         node.outputs[index].name = f"{node.name}.{name}"
 
 
+@lowering("SoftmaxCrossEntropyLoss")
+def _cross_entropy(lower: Lowerer, node: ir.Node) -> None:
+    """Its gradient reads the output log_prob; whether one that isn't named is added depends on the build."""
+    node.resize_outputs(2)
+    node.outputs[1].name = f"{node.name}.log_prob"
+
+
 @lowering("Dropout")
 def _dropout(lower: Lowerer, node: ir.Node) -> None:
     """Off, as in inference."""
