@@ -64,10 +64,7 @@ def call(arguments: list[str]) -> int:
 
 
 def _fail(arguments: list[str], message: str, status: int) -> int:
-    say(
-        f"[bold red]error:[/] {click.unstyle(message)}" if sys.stderr.isatty() else f"error: {message}",
-        markup=sys.stderr.isatty(),
-    )
+    say(f"error: {message}")
     if "--json" in arguments:
         print(json.dumps({"error": message, "exit_status": status}))
     return status

@@ -19,9 +19,9 @@ from onnxprune.report import Report, Side
 QUIET_SECONDS = 15  # between lines when stderr is not a terminal
 
 
-def say(text: str, markup: bool = False) -> None:
+def say(text: str) -> None:
     """A line on stderr."""
-    Console(stderr=True, soft_wrap=True).print(text, markup=markup, highlight=False)
+    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
 
 
 def show(table: Table) -> None:
