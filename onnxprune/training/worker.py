@@ -289,7 +289,7 @@ def main() -> None:
         kind, message = "disk", str(error)
     except Exception as error:  # whatever the runtime raises: reported, never a traceback
         message = f"{type(error).__name__}: {str(error).strip()[:500]}"
-        if "allocate" in message.lower() or "bad_alloc" in message:
+        if any(sign in message.lower() for sign in ("allocate", "bad_alloc", "can't start new thread")):
             kind = "memory"
     say(event="error", kind=kind, message=message)
     sys.exit(1)
