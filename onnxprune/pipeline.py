@@ -62,6 +62,7 @@ STEPS_A_ROUND = 1000  # fine-tuning steps that epochs are chosen for when they a
 WITHOUT_DATA = 0.75  # share of the MACs to keep when nothing can be measured
 ROUNDS = 4  # when not given, for runs that an allowed drop alone ends
 
+MEASURED = ("drop", "loss", "drop_before_tuning")
 RATE, RATE_WITH_BATCH_NORM = 1e-3, 4e-3  # of AdamW, when not given
 
 Data = str | Mapping[str, NDArray[Any]]
@@ -336,6 +337,7 @@ class Run:
             "macs_share": costs["macs"] / max(self.base_costs["macs"], 1),
             **costs,
             "metric_before_tuning": repaired.value,
+            "drop_before_tuning": repaired.drop,
             "metric": verdict.value,
             "drop": verdict.drop,
             "loss": verdict.loss,
@@ -459,8 +461,9 @@ def costs_of(units: Units, alive: Alive | None = None) -> dict[str, int]:
 
 def outcome_of(record: Record) -> Outcome:
     """What the controllers learn from a round; what couldn't be measured counts as infinitely bad."""
-    worst = {name: float("inf") if record[name] is None else record[name] for name in ("drop", "loss")}
-    return Outcome(record["tau"], worst["drop"], worst["loss"], record["accepted"], record["progress"])
+    worst = {name: float("inf") if record.get(name) is None else record[name] for name in MEASURED}
+    drop, loss, before = worst.values()
+    return Outcome(record["tau"], drop, loss, record["accepted"], record["progress"], before)
 
 
 def failed_record(proposal: Proposal, error: TrainingError) -> Record:

@@ -13,7 +13,9 @@ import numpy as np
 
 from onnxprune.score import Scores
 
-REACH = 12.0  # points lost before fine-tuning for each point allowed after it: what tuning was seen to win back
+REACH = 6.0  # points lost before fine-tuning for each point allowed after it, until the rounds of a run show better
+MOST_REACH = 12.0
+CAUTION = 0.8  # of what the rounds so far showed that fine-tuning wins back
 PATIENCE = 2  # rounds rolled back in a row before a run stops
 EVALUATIONS = 8  # cuts tried and measured when a threshold is bisected
 LEAST_GAIN = 0.02  # share of MACs that a round must save to be worth it
@@ -23,7 +25,8 @@ LEAST_GAIN = 0.02  # share of MACs that a round must save to be worth it
 class Outcome:
     """What a round did: the threshold, the points lost against the uncut model, the loss, whether it was kept.
 
-    `progress` is how far its cut went on the way to the targets, 0 to 1, on a logarithmic scale.
+    `progress` is how far its cut went on the way to the targets, 0 to 1, on a logarithmic scale. `before` is the points
+    lost before fine-tuning, NaN when unknown.
     """
 
     tau: float
@@ -31,6 +34,7 @@ class Outcome:
     loss: float
     accepted: bool
     progress: float
+    before: float = float("nan")
 
 
 def initial_tau(scores: Scores) -> float:
@@ -52,10 +56,16 @@ def published_tau(tau: float, loss: float, allowed: float, alpha: float = 0.9) -
 def reach(history: Sequence[Outcome], allowed: float, tuned: bool) -> float:
     """How many points the next cut may cost before fine-tuning.
 
-    Without fine-tuning just what is allowed. With it, more; a third after every round that was rolled back.
+    Without fine-tuning just what is allowed. With it, as many times more as the worst round so far won back, with some
+    caution; a third of that for every round that was rolled back without a measurement.
     """
-    failures = sum(not outcome.accepted for outcome in history)
-    return allowed * (max(REACH / 3**failures, 1.0) if tuned else 1.0)
+    if not tuned:
+        return allowed
+    measured = [outcome for outcome in history if np.isfinite(outcome.before) and np.isfinite(outcome.drop)]
+    gains = [outcome.before / max(outcome.drop, allowed / MOST_REACH) for outcome in measured]
+    factor = CAUTION * min(gains) if gains else REACH
+    blind = sum(not outcome.accepted for outcome in history) - sum(not outcome.accepted for outcome in measured)
+    return allowed * float(np.clip(factor / 3**blind, 1.0, MOST_REACH))
 
 
 def bisect_tau(

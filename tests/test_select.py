@@ -140,6 +140,12 @@ def test_tau_backs_off_after_a_round_that_was_rolled_back() -> None:
     assert reach([], 1.0, False) == 1.0
 
 
+def test_a_cut_is_as_bold_as_fine_tuning_was_seen_to_be_good() -> None:
+    weak, strong = (Outcome(1.0, drop, 1.0, drop < 1, 0.0, before=6.0) for drop in (2.0, 0.6))
+    assert reach([weak], 1.0, True) < reach([], 1.0, True) < reach([strong], 1.0, True)
+    assert reach([strong, weak], 1.0, True) == reach([weak], 1.0, True)
+
+
 def test_progress_to_a_target() -> None:
     kept, failed = Outcome(1, 0, 0, True, 0.5), Outcome(1, 9, 0, False, 1.0)
     assert next_progress(1, []) == 1.0
