@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from onnxprune.errors import UsageError
 from onnxprune.files import check_writable, write_json
 from onnxprune.labels import analyse
 from onnxprune.labels.solve import Granularity
-from onnxprune.model import open_model, save_model, to_bytes
+from onnxprune.model import digest, open_model, save_model
 from onnxprune.normalise import normalise
 from onnxprune.plan import Plan
 from onnxprune.score import Scope, normalise_scores, score_units
@@ -89,7 +88,7 @@ def prune(
     if baseline is not None:
         save_model(normal, Path(baseline))
     if plan is not None:
-        write_json(Path(plan), done.to_json(hashlib.sha256(to_bytes(normal)).hexdigest()))
+        write_json(Path(plan), done.to_json(digest(normal)))
     save_model(pruned, Path(output))
     return result
 

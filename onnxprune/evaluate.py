@@ -29,7 +29,7 @@ def session_options(threads: int | None) -> SessionOptions:
     return options
 
 
-def run_model(model: ir.Model | bytes, inputs: Batch) -> list[Array]:
+def run_model(model: ir.Model, inputs: Batch) -> list[Array]:
     """The outputs of one run. Raises `ModelError` when onnxruntime refuses or fails."""
     return run_session(open_session(model), inputs)
 

@@ -1,23 +1,35 @@
-"""Opening and saving models: the one place where files become graphs and graphs become files."""
+"""Opening, saving and running models: the one place where files become graphs and graphs become files.
+
+Weights never pass through protobuf: a skeleton of the model does, and the weights go beside it, where they are.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import checker
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
-from onnxruntime import InferenceSession, SessionOptions
+from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
 from onnxprune.errors import ModelError
 from onnxprune.files import replacing
 
-PROTOBUF_LIMIT = 2**31 - 2**20  # bytes; a larger message can't be serialised
+INLINE = 1.9 * 2**30  # bytes of weights; protobuf can't serialise a message of 2 GiB
+SMALL = 1024  # bytes of an initializer that stays in a skeleton: sizes, axes, and what the opset converter reads
+NATIVE = {  # types whose arrays onnxruntime takes as they are
+    *(ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE),
+    *(ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL),
+}
 EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
 
 
@@ -113,19 +125,94 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+@contextlib.contextmanager
+def weights_aside(model: ir.Model) -> Iterator[dict[str, ir.TensorProtocol]]:
+    """Takes the large initializers out of a model for a while, and gives them by name.
+
+    What is serialised meanwhile is a skeleton that names their types and shapes only.
+    """
+    held = {
+        value: value.const_value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.nbytes > SMALL and value.const_value.dtype in NATIVE
+    }
+    try:
+        for value, tensor in held.items():
+            value.const_value = ir.ExternalTensor(
+                "aside",
+                0,
+                tensor.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=value.name or "",
+                base_dir="/",
+            )
+        yield {value.name or "": tensor for value, tensor in held.items()}
+    finally:
+        for value, tensor in held.items():
+            value.const_value = tensor
+
+
+def give_back(model: ir.Model, weights: Mapping[str, ir.TensorProtocol]) -> ir.Model:
+    """Puts weights that were aside into a model that was read from a skeleton."""
+    for value in model.graph.initializers.values():
+        name = value.name or ""
+        if isinstance(value.const_value, ir.ExternalTensor) and name in weights:
+            value.const_value = weights[name]
+    return model
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+
+
 def to_bytes(model: ir.Model) -> bytes:
     """The serialised model, weights included. Raises `ModelError` above protobuf's 2 GiB."""
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    if size > PROTOBUF_LIMIT:
-        raise ModelError(f"the model's weights take {size / 2**30:.1f} GiB; over 2 GiB is not supported yet")
+    if (size := weight_bytes(model)) > INLINE:
+        raise ModelError(f"the model's weights take {size / 2**30:.1f} GiB; this step takes up to 1.9 GiB")
     return bytes(ir.to_proto(model).SerializeToString())
 
 
+def digest(model: ir.Model) -> str:
+    """The SHA-256, in hex, of the file that `save_model` writes, and of the weights where they stand beside it."""
+    if weight_bytes(model) <= INLINE:
+        return hashlib.sha256(to_bytes(model)).hexdigest()
+    with weights_aside(model) as weights:
+        total = hashlib.sha256(ir.to_proto(model).SerializeToString())
+    for tensor in weights.values():
+        total.update(np.ascontiguousarray(tensor.numpy()).data)
+    return total.hexdigest()
+
+
 def save_model(model: ir.Model, path: Path) -> None:
-    """Writes a model to `path`, whole or not at all. Raises `UsageError` when it can't be written."""
+    """Writes a model to `path`, whole or not at all. Raises `UsageError` when it can't be written.
+
+    Weights over 1.9 GiB, which no single file can hold, stand in `path`.data.
+    """
+    if weight_bytes(model) > INLINE:
+        return _save_with_data(model, path)
     content = to_bytes(model)
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def _save_with_data(model: ir.Model, path: Path) -> None:
+    data = path.with_name(f"{path.name}.data")
+    with replacing(path) as temporary, replacing(data) as temporary_data:  # the data is put in place first
+        held = {value: value.const_value for value in model.graph.initializers.values()}
+        try:
+            ir.save(model, temporary, external_data=temporary_data.name)
+            proto = onnx.load(str(temporary), load_external_data=False)
+        finally:
+            for value, tensor in held.items():
+                value.const_value = tensor
+        for tensor_proto in _all_tensors(proto):
+            for entry in tensor_proto.external_data:
+                if entry.key == "location":
+                    entry.value = data.name
+        path.unlink(missing_ok=True)  # an old model must never stand beside new data
+        temporary.write_bytes(proto.SerializeToString())
 
 
 def copy_model(model: ir.Model) -> ir.Model:
@@ -133,18 +220,41 @@ def copy_model(model: ir.Model) -> ir.Model:
     return model.clone()
 
 
+class Session(InferenceSession):
+    """An onnxruntime session that keeps alive the arrays it reads its weights from."""
+
+    def __init__(
+        self, source: str | bytes, options: SessionOptions, providers: list[Any], weights: dict[str, OrtValue]
+    ) -> None:
+        self.weights = weights
+        options.add_external_initializers(list(weights), list(weights.values()))
+        super().__init__(source, options, providers=providers)
+
+
 def open_session(
-    model: ir.Model | bytes | str, options: SessionOptions | None = None, providers: list[Any] | None = None
+    model: ir.Model | str, options: SessionOptions | None = None, providers: list[Any] | None = None
 ) -> InferenceSession:
     """An onnxruntime session for a model. Raises `ModelError` with onnxruntime's reason when it refuses the model."""
-    if options is None:
-        options = SessionOptions()
+    options = options or SessionOptions()
     options.log_severity_level = 4
-    source = to_bytes(model) if isinstance(model, ir.Model) else model
+    source: str | bytes
+    if isinstance(model, str):
+        source, weights = model, {}
+    else:
+        with weights_aside(model) as tensors:
+            source = ir.to_proto(model).SerializeToString()
+        weights = {name: _ort_value(tensor) for name, tensor in tensors.items()}
     try:
-        return InferenceSession(source, options, providers=providers or ["CPUExecutionProvider"])
+        return Session(source, options, providers or ["CPUExecutionProvider"], weights)
     except Exception as error:  # onnxruntime raises a dozen unrelated types here
         raise ModelError(f"onnxruntime can't run the model: {_first_line(error)}") from error
+
+
+def _ort_value(tensor: ir.TensorProtocol) -> OrtValue:
+    array = np.ascontiguousarray(tensor.numpy())
+    if tensor.dtype == ir.DataType.BFLOAT16:
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(tensor.dtype))
+    return OrtValue.ortvalue_from_numpy(array)
 
 
 def parameter_count(model: ir.Model) -> int:

@@ -7,26 +7,21 @@ scoring, repair and fine-tuning want it.
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
-from typing import cast
-
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxsim
-from onnx import helper, version_converter
+from onnx import version_converter
 from onnx_ir.passes import common
 
 from onnxprune.data import random_inputs
 from onnxprune.errors import ModelError
 from onnxprune.evaluate import Array, relative_difference, run_model
-from onnxprune.model import to_bytes
+from onnxprune.model import give_back, weight_bytes, weights_aside
 from onnxprune.shapes import add_initializer, simplify_shape_arithmetic
 
 OLDEST_OPSET = 17  # LayerNormalization, and BatchNormalization as training knows it
 OLDEST_IR = 8  # from 4 on, initializers needn't be inputs
+NEVER_FOLDED = {"RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "SequenceConstruct", "SequenceAt"}
+MOST_FOLDED = 2**26  # bytes of a folded constant, unless the model's weights are larger anyway
 TOLERANCE = 1e-4  # relative; folding constants rounds differently, nothing else should
 
 
@@ -42,10 +37,10 @@ def normalise(model: ir.Model) -> ir.Model:
     model = model.clone()
     _clean(model)
     model = _convert_opset(model)
-    _dequantize_weights(model)
-    model = _fold_constants(model)
     _clean(model)
+    _fold_constants(model)
     simplify_shape_arithmetic(model)
+    _fold_constants(model)
     _clean(model)
     _unshare_initializers(model)
     _name_everything(model)
@@ -75,63 +70,81 @@ def _convert_opset(model: ir.Model) -> ir.Model:
     version = model.opset_imports.get("", OLDEST_OPSET)
     if version >= OLDEST_OPSET:
         return model
-    try:
-        proto = version_converter.convert_version(ir.to_proto(model), OLDEST_OPSET)
-    except Exception as error:  # the converter raises plain RuntimeErrors of many kinds
-        if version >= 13:
-            return model
-        raise ModelError(
-            f"opset {version} can't be converted to {OLDEST_OPSET}: {str(error).splitlines()[0]}; "
-            "export the model again with a newer opset"
-        ) from error
-    return ir.from_proto(proto)
+    with weights_aside(model) as weights:
+        try:
+            proto = version_converter.convert_version(ir.to_proto(model), OLDEST_OPSET)
+        except Exception as error:  # the converter raises plain RuntimeErrors of many kinds
+            if version >= 13:
+                return model
+            raise ModelError(
+                f"opset {version} can't be converted to {OLDEST_OPSET}: {str(error).splitlines()[0]}; "
+                "export the model again with a newer opset"
+            ) from error
+        return give_back(ir.from_proto(proto), weights)
 
 
-def _dequantize_weights(model: ir.Model) -> None:
-    """Weights stored as integers in a model that computes in floats become floats; a quantised model stays as it is."""
-    nodes = list(model.graph)
-    if any(node.op_type == "QuantizeLinear" for node in nodes):
+def _fold_constants(model: ir.Model) -> None:
+    """Computes what depends on initializers alone: the constant part of a graph is a model without inputs, run once.
+
+    Weights that are stored as integers in a model that computes in floats become floats that way; those of a quantised
+    model stay as they are.
+    """
+    nodes = _constant_nodes(model)
+    if not nodes:
         return
+    inside = set(nodes)
+    wanted = [
+        value for node in nodes for value in node.outputs if any(user not in inside for user in value.consumers())
+    ]
+    try:
+        arrays = _evaluate(model, nodes, wanted)
+    except ModelError:  # folding is a convenience: without it less may be prunable, nothing is wrong
+        return
+    for value, array in zip(wanted, arrays, strict=True):
+        if array.nbytes <= max(MOST_FOLDED, weight_bytes(model)):
+            value.replace_all_uses_with(add_initializer(model, f"{value.name}.folded", array))
+
+
+def _constant_nodes(model: ir.Model) -> list[ir.Node]:
+    """The nodes, in order, whose inputs are all constant; none that draw random numbers or make graph outputs."""
+    quantised = any(node.op_type == "QuantizeLinear" for node in model.graph)
+    known = {value for value in model.graph.initializers.values() if not value.is_graph_input()}
+    found = []
+    for node in model.graph:
+        inputs = [value for value in node.inputs if value is not None]
+        if (
+            inputs
+            and known.issuperset(inputs)
+            and node.op_type not in NEVER_FOLDED
+            and not (quantised and node.op_type == "DequantizeLinear")
+            and not any(value.is_graph_output() for value in node.outputs)
+            and all(a.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+        ):
+            found.append(node)
+            known.update(node.outputs)
+    return found
+
+
+def _evaluate(model: ir.Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> list[Array]:
+    """What these nodes, which need nothing but initializers, compute. Raises `ModelError` where they fail."""
+    copies: dict[ir.Value, ir.Value] = {}
+    twins = []
     for node in nodes:
-        if node.op_type == "DequantizeLinear" and all(v is None or v.is_initializer() for v in node.inputs):
-            result = _evaluate(model, node)
-            node.outputs[0].replace_all_uses_with(add_initializer(model, f"{node.outputs[0].name}.float", result))
-
-
-def _evaluate(model: ir.Model, node: ir.Node) -> Array:
-    """What a node with constant inputs computes."""
-    initializers = [ir.to_proto(value.const_value) for value in node.inputs if value is not None and value.const_value]
-    outputs = [helper.make_value_info(node.outputs[0].name or "", onnx.TypeProto())]
-    graph = helper.make_graph([ir.to_proto(node)], "constant", [], outputs, initializers)
-    opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
-    proto = helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version)
-    return run_model(proto.SerializeToString(), {})[0]
-
-
-def _fold_constants(model: ir.Model) -> ir.Model:
-    proto = onnx.load_from_string(to_bytes(model))
-    try:
-        with native_output_hidden():
-            folded, _ = onnxsim.simplify(proto, perform_optimization=False, skipped_optimizers=["fuse_bn_into_conv"])
-    except Exception:  # folding is a convenience: without it less may be prunable, nothing is wrong
-        return model
-    return cast(ir.Model, ir.from_proto(folded))
-
-
-@contextlib.contextmanager
-def native_output_hidden() -> Iterator[None]:
-    """Hides what native code prints: onnxsim's C++ side prints warnings by the thousand on file descriptors 1 and 2."""
-    saved = [(fd, os.dup(fd)) for fd in (1, 2)]
-    sink = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for fd, _ in saved:
-            os.dup2(sink, fd)
-        yield
-    finally:
-        for fd, copy in saved:
-            os.dup2(copy, fd)
-            os.close(copy)
-        os.close(sink)
+        for value in node.inputs:
+            if value is not None and value not in copies:
+                copies[value] = ir.Value(name=value.name, const_value=value.const_value)
+        inputs = [copies[value] if value is not None else None for value in node.inputs]
+        attributes, count = node.attributes.values(), len(node.outputs)
+        twin = ir.Node(node.domain, node.op_type, inputs, attributes, num_outputs=count, name=node.name)
+        for value, output in zip(node.outputs, twin.outputs, strict=True):
+            output.name, copies[value] = value.name, output
+        twins.append(twin)
+    weights = [copy for copy in copies.values() if copy.producer() is None]
+    graph = ir.Graph(
+        [], [copies[value] for value in wanted], nodes=twins, initializers=weights, opset_imports=model.opset_imports,
+        name="constant",
+    )  # fmt: skip
+    return run_model(ir.Model(graph, ir_version=model.ir_version), {})
 
 
 def _unshare_initializers(model: ir.Model) -> None:

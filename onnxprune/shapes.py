@@ -24,7 +24,12 @@ from onnxprune.model import constant
 Shape = tuple[int | None, ...]
 SMALL = 4096  # elements; shape vectors and index tables are smaller, weights are not followed
 BATCH_SIZES = (2, 3)
-OTHER_SIZES = ((64, 96), (32, 48), (16, 24))
+OTHER_SIZES = ((96, 128), (128, 160), (64, 160), (96, 160), (64, 224), (160, 192))  # no two in the same ratio
+SCHEMES = (  # (do dynamic dimensions differ from each other?, times OTHER_SIZES): not every model runs at every size
+    *((True, 1.0), (True, 1 / 8), (False, 1.0), (False, 1 / 8)),
+    *((True, 1 / 16), (False, 1 / 16), (True, 2.0), (False, 2.0)),
+)
+SCHEME_KEY = "onnxprune.sizes"  # in the metadata of a normalised model: the index of the scheme that it runs with
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,22 @@ class Trace:
 
 
 def dynamic_sizes(model: ir.Model, which: int) -> dict[str, int]:
-    """The concrete size given to each dynamic dimension of the inputs in walk `which` (0 or 1)."""
+    """The concrete size given to each dynamic dimension of the inputs in walk `which` (0 or 1).
+
+    Dimensions get sizes in different ratios, so that what is computed from one isn't taken for another.
+    """
+    differ, times = SCHEMES[int(model.metadata_props.get(SCHEME_KEY, 0))]
     sizes: dict[str, int] = {}
+    others = 0
     for value in model.graph.inputs:
         for axis, dim in enumerate(value.shape or ()):
-            if not isinstance(dim, int) and (name := dim_name(value, axis)) not in sizes:
-                others = OTHER_SIZES[min(axis, 3) - 1] if axis else BATCH_SIZES
-                sizes[name] = others[which]
+            if isinstance(dim, int) or (name := dim_name(value, axis)) in sizes:
+                continue
+            if axis == 0 and (not differ or BATCH_SIZES[which] not in sizes.values()):
+                sizes[name] = BATCH_SIZES[which]
+            else:
+                sizes[name] = round(OTHER_SIZES[others % len(OTHER_SIZES)][which] * times)
+                others += differ
     return sizes
 
 

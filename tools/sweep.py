@@ -1,0 +1,147 @@
+"""Prunes every model of a folder and checks each result: `python tools/sweep.py FOLDER [-o sweep.json]`.
+
+For each model, in a process of its own: `prune --ratio`, the pruned model in onnxruntime, and the mask oracle on three
+seeds of signed inputs. Writes a JSON row for each (time, parameters, MACs, exact or not, largest difference, what locks
+the rest) and prints a summary. A folder with a `zoo.py` holds topologies without weights, which it fills by a seed; an
+`index.json` beside it gives the input shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+SEEDS = (0, 1, 2)
+TOLERANCE = 1e-4
+HALF = 0.5  # share of the parameters that a sweep wants gone
+INLINE = 2**30  # bytes; larger filled models keep their weights beside the file
+
+
+def filled(path: Path, folder: Path) -> Path:
+    """The model with weights: itself, or a copy that the folder's zoo.py has filled."""
+    import onnx
+
+    proto = onnx.load(str(path), load_external_data=False)
+    if not any(entry.key == "zoo.stripped" for entry in proto.metadata_props):
+        return path
+    spec = importlib.util.spec_from_file_location("zoo", path.parent / "zoo.py")
+    assert spec is not None and spec.loader is not None
+    zoo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(zoo)
+    zoo.fill_weights(proto, 0)
+    target = folder / path.name
+    size = sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+    if size > INLINE:
+        onnx.save_model(proto, str(target), save_as_external_data=True, location=f"{path.name}.data")
+    else:
+        onnx.save_model(proto, str(target))
+    return target
+
+
+def sweep_one(path: Path, ratio: float) -> dict[str, Any]:
+    """Prunes one model and checks it. Raises whatever goes wrong."""
+    import resource
+
+    from onnxprune.api import inspect, prune
+    from onnxprune.model import open_model
+    from onnxprune.plan import load_plan
+    from onnxprune.verify import mask_oracle
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = filled(path, folder)
+        out, plan, baseline = (folder / each for each in ("pruned.onnx", "plan.json", "baseline.onnx"))
+        start = time.perf_counter()
+        done = prune(source, out, ratio, plan=plan, baseline=baseline)
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        oracle = mask_oracle(open_model(baseline), open_model(out), load_plan(plan), SEEDS)
+        row = {
+            "seconds": round(seconds, 2), "peak_bytes": peak, "params": done.params, "macs": done.macs,
+            "exact": done.plan.exact, "difference": oracle.difference, "inexact_nodes": len(done.plan.inexact_nodes),
+        }  # fmt: skip
+        if done.params[1] > HALF * done.params[0]:
+            found = inspect(baseline)
+            row["reachable"] = found.reachable_params
+            row["locks"] = Counter(lock["reason"] for lock in found.locks).most_common(4)
+        return row
+
+
+def run_child(path: Path, ratio: float, limit: float) -> dict[str, Any]:
+    """One model in a process of its own, with a time limit."""
+    command = [sys.executable, __file__, str(path.parent), "--one", path.name, "--ratio", str(ratio)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return {"name": path.stem, "error": f"more than {limit:.0f} s"}
+    lines = (done.stdout.strip() or done.stderr.strip() or f"exit status {done.returncode}").splitlines()
+    try:
+        return {"name": path.stem, **json.loads(lines[-1])}
+    except ValueError:
+        return {"name": path.stem, "error": lines[-1][:500]}
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """What a row amounts to, in a word or two."""
+    if "error" in row:
+        return "failed"
+    if row["exact"] and not row["difference"] <= TOLERANCE:
+        return "differs"
+    return "half" if row["params"][1] <= HALF * row["params"][0] else "less than half"
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row as a line of text."""
+    if "error" in row:
+        return f"{row['name']:42s} FAILED {row['error']}"
+    left = [100 * row[name][1] / max(row[name][0], 1) for name in ("params", "macs")]
+    kind = "exact" if row["exact"] else "inexact"
+    tail = "; ".join(f"{count}x {reason}" for reason, count in row.get("locks", []))
+    return (
+        f"{row['name']:42s} {row['seconds']:7.1f} s  params {left[0]:5.1f} %  MACs {left[1]:5.1f} %  {kind:7s} "
+        f"{row['difference']:.1e}  {verdict(row)} {tail}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("-o", "--output", type=Path, default=Path("sweep.json"))
+    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds a model may take")
+    parser.add_argument("--only", nargs="*", default=[], help="parts of names")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        try:
+            print(json.dumps(sweep_one(given.folder / given.one, given.ratio)))
+        except Exception as error:
+            print(json.dumps({"error": f"{type(error).__name__}: {error}"[:500]}))
+        return
+    paths = sorted(given.folder.resolve().glob("*.onnx"), key=lambda path: path.stat().st_size)
+    paths = [path for path in paths if not given.only or any(part in path.name for part in given.only)]
+    rows: list[dict[str, Any]] = []
+
+    def work(path: Path) -> None:
+        row = run_child(path, given.ratio, given.limit)
+        rows.append(row)
+        print(line_of(row), flush=True)
+        given.output.write_text(json.dumps(sorted(rows, key=lambda each: str(each["name"])), indent=1) + "\n")
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(work, paths))
+    print(f"{len(rows)} models: {dict(Counter(map(verdict, rows)))}")
+
+
+if __name__ == "__main__":
+    main()
