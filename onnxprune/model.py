@@ -19,6 +19,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import checker
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+from onnx_ir import external_data
 from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
 from onnxprune.errors import ModelError
@@ -59,9 +60,20 @@ def open_model(path: str | os.PathLike[str]) -> ir.Model:
         names = [tensor.values.name for tensor in proto.graph.sparse_initializer]
         raise ModelError(f"{file}: initializer {names[0]!r} is sparse, which can't be pruned; export it as dense")
     try:
-        return ir.load(str(file))
+        model = ir.from_proto(proto)
+        external_data.set_base_dir(model.graph, str(file.parent))
+        for value in model.graph.initializers.values():
+            _unpack(value)
+        return model
     except Exception as error:
         raise ModelError(f"{file}: can't be read as a graph: {_first_line(error)}") from error
+
+
+def _unpack(value: ir.Value) -> None:
+    """Makes a large inline initializer an array of its own: protobuf copies the bytes whenever it is asked for them."""
+    tensor = value.const_value
+    if isinstance(tensor, ir.TensorProtoTensor) and tensor.nbytes > SMALL and tensor.dtype in NATIVE:
+        value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
 
 
 def _parse(file: Path) -> onnx.ModelProto:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from onnxprune.cost import Cost
 from onnxprune.errors import ModelError
+from onnxprune.model import constant
 from onnxprune.units import Group, Units, weight_matrix
 
 Scores = NDArray[np.float64]
 Scope = Literal["layer", "global", "isomorphic"]
 
+CHUNK = 2**21  # weights that are held in float64 at a time
 WEIGHTED = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": None, "RNN": 1, "GRU": 1, "LSTM": 1, "Gather": 0}
 
 
@@ -61,12 +63,19 @@ def _of_weights(slice_score: Callable[[Slices], Scores], units: Units) -> Scores
     for value, axis, vector in units.parameters:
         if value not in weights:
             continue
-        matrix = np.moveaxis(weight_matrix(value), axis, 0).reshape(len(vector), -1)
         own = np.zeros(units.count)
-        np.add.at(own, vector, slice_score(matrix))
+        np.add.at(own, vector, _slice_scores(slice_score, constant(value), axis))
         present = np.unique(vector)
         total[present] += own[present] / max(float(own[present].mean()), 1e-30)
     return total
+
+
+def _slice_scores(slice_score: Callable[[Slices], Scores], array: NDArray[Any], axis: int) -> Scores:
+    """The score of every slice along an axis, computed in float64 on a few slices at a time."""
+    slices = np.moveaxis(array, axis, 0)
+    step = max(1, CHUNK // max(1, array.size // len(slices)))
+    parts = [slices[i : i + step] for i in range(0, len(slices), step)]
+    return np.concatenate([slice_score(part.reshape(len(part), -1).astype(np.float64)) for part in parts])
 
 
 def _bn(units: Units, seed: int) -> Scores:
