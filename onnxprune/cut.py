@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,9 +67,19 @@ class Cut:
         old = node.inputs[index]
         dtype = old.dtype.numpy() if old is not None and old.dtype is not None else np.int64
         array = np.array(values, dtype)
+        if old is not None and old.shape is not None and math.prod(old.shape.numpy()) == array.size:
+            array = array.reshape(old.shape.numpy())
         node.replace_input_with(index, add_initializer(self.model, f"{node.name}.sizes", array))
         if old is not None and not old.uses():
             self.model.graph.initializers.pop(old.name or "", None)
+
+    def pick(self, node: ir.Node, axis: int, positions: list[int]) -> None:
+        """Puts a Gather of these positions in front of a node's first input."""
+        indices = add_initializer(self.model, f"{node.name}.picked", np.array(positions, np.int64))
+        gather = ir.node("Gather", [node.inputs[0], indices], {"axis": axis}, name=f"{node.name}.pick{axis}")
+        gather.outputs[0].name = gather.name
+        self.model.graph.insert_before(node, gather)
+        node.replace_input_with(0, gather.outputs[0])
 
 
 def cut(units: Units, alive: NDArray[np.bool_]) -> tuple[ir.Model, Plan]:
@@ -118,8 +129,10 @@ def _plan(units: Units, alive: NDArray[np.bool_]) -> Plan:
     for node in units.model.graph:
         for value in node.outputs:
             removals = []
-            for axis, vector in enumerate(units.solution.axes(value)):
-                if vector is not None and not alive[vector].all():
+            shape = units.solution.shapes(value) or ()
+            for axis, (vector, size) in enumerate(zip(units.solution.axes(value), shape, strict=True)):
+                # a dynamic dimension has labels for one size only: its mask follows from what it is made of
+                if vector is not None and size is not None and not alive[vector].all():
                     removals.append(Removal(axis, len(vector), tuple(np.flatnonzero(~alive[vector]).tolist())))
             if removals:
                 tensors[value.name or ""] = tuple(removals)

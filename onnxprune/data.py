@@ -232,20 +232,20 @@ def batches(data: Dataset, size: int) -> Iterator[dict[str, Array]]:
         yield {name: array[start : start + size] for name, array in data.inputs.items()}
 
 
-def random_inputs(model: ir.Model, seed: int, batch: int = 2) -> dict[str, Array]:
+def random_inputs(model: ir.Model, seed: int, batch: int | None = 2, walk: int = 0) -> dict[str, Array]:
     """Signed random inputs for a model: normal for floats, small non-negative integers for the rest.
 
-    A dynamic first axis has `batch` samples, other dynamic axes the sizes of the first shape walk.
+    A dynamic first axis has `batch` samples, other dynamic axes (without `batch` all) the sizes of a shape walk.
     Raises `ModelError` for an input that isn't a tensor with a known rank.
     """
     rng = np.random.default_rng(seed)
-    sizes = dynamic_sizes(model, 0)
+    sizes = dynamic_sizes(model, walk)
     inputs: dict[str, Array] = {}
     for value in model_inputs(model):
         if value.dtype is None or value.shape is None or not isinstance(value.type, ir.TensorType):
             raise ModelError(f"input {value.name!r} isn't a tensor of known rank; export the model with input shapes")
         shape = list(input_shape(value, sizes))
-        if shape and not isinstance(value.shape[0], int):
+        if batch is not None and shape and not isinstance(value.shape[0], int):
             shape[0] = batch
         dtype = value.dtype.numpy()
         if value.dtype.is_floating_point():

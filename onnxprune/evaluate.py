@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,6 +32,12 @@ def session_options(threads: int | None) -> SessionOptions:
 def run_model(model: ir.Model, inputs: Batch) -> list[Array]:
     """The outputs of one run. Raises `ModelError` when onnxruntime refuses or fails."""
     return run_session(open_session(model), inputs)
+
+
+def run_on_all(model: ir.Model, inputs: Sequence[Batch]) -> list[Array]:
+    """The outputs of a model on one set of inputs after the other."""
+    session = open_session(model)
+    return [array for each in inputs for array in run_session(session, each)]
 
 
 def run_session(session: InferenceSession, inputs: Batch) -> list[Array]:

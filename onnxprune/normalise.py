@@ -14,9 +14,9 @@ from onnx_ir.passes import common
 
 from onnxprune.data import random_inputs
 from onnxprune.errors import ModelError
-from onnxprune.evaluate import Array, relative_difference, run_model
-from onnxprune.model import give_back, weight_bytes, weights_aside
-from onnxprune.shapes import add_initializer, simplify_shape_arithmetic
+from onnxprune.evaluate import Array, relative_difference, run_model, run_on_all, run_session
+from onnxprune.model import give_back, open_session, weight_bytes, weights_aside
+from onnxprune.shapes import SCHEME_KEY, SCHEMES, add_initializer, dynamic_sizes, simplify_shape_arithmetic
 
 OLDEST_OPSET = 17  # LayerNormalization, and BatchNormalization as training knows it
 OLDEST_IR = 8  # from 4 on, initializers needn't be inputs
@@ -32,9 +32,8 @@ def normalise(model: ir.Model) -> ir.Model:
         ModelError: onnxruntime can't run the model, its opset can't be converted, or the normalised form computes
             something else (which would be a fault of this package).
     """
-    inputs = random_inputs(model, seed=0)
-    expected = run_model(model, inputs)
     model = model.clone()
+    walks, expected = _choose_sizes(model)
     _clean(model)
     model = _convert_opset(model)
     _clean(model)
@@ -44,11 +43,28 @@ def normalise(model: ir.Model) -> ir.Model:
     _clean(model)
     _unshare_initializers(model)
     _name_everything(model)
-    found = run_model(model, inputs)
+    found = run_on_all(model, walks)
     worst = max((relative_difference(a, b) for a, b in zip(expected, found, strict=True)), default=0.0)
     if not worst <= TOLERANCE:
         raise ModelError(f"normalising changed what the model computes (relative difference {worst:.1e}); not pruned")
     return model
+
+
+def _choose_sizes(model: ir.Model) -> tuple[list[dict[str, Array]], list[Array]]:
+    """Finds sizes for the dynamic dimensions with which the model runs, and notes them in its metadata.
+
+    Returns the inputs of both shape walks, and what the model computes from them. Raises `ModelError` with
+    onnxruntime's reason when it runs at no sizes.
+    """
+    session, reason = open_session(model), ModelError("")
+    for index in range(len(SCHEMES) if dynamic_sizes(model, 0) else 1):
+        model.metadata_props[SCHEME_KEY] = str(index)
+        walks = [random_inputs(model, seed=0, batch=None, walk=walk) for walk in (0, 1)]
+        try:
+            return walks, [array for inputs in walks for array in run_session(session, inputs)]
+        except ModelError as error:
+            reason = reason if index else error
+    raise reason
 
 
 def _clean(model: ir.Model) -> None:

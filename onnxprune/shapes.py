@@ -240,21 +240,23 @@ def add_initializer(model: ir.Model, name: str, array: NDArray[Any]) -> ir.Value
 def _constant_reshape(model: ir.Model, node: ir.Node, shapes: Shapes) -> None:
     source, out = node.inputs[0], node.outputs[0]
     before, after = shapes(source) if source else None, shapes(out)
-    if constant(node.inputs[1]) is not None or before is None or after is None or source is None:
+    if constant(node.inputs[1]) is not None or before is None or after is None or source is None or 0 in after:
         return
-    a, b = shapes.first.shape(source.name or ""), shapes.second.shape(source.name or "")
-    c, d = shapes.first.shape(out.name or ""), shapes.second.shape(out.name or "")
-    assert a and b and c is not None and d is not None
+    a, c = shapes.pairs(source), shapes.pairs(out)
     unknown = [axis for axis, dim in enumerate(after) if dim is None]
-    copied = [axis for axis in unknown if axis < len(a) and (a[axis], b[axis]) == (c[axis], d[axis])]
+    copied = [axis for axis in unknown if axis < len(a) and a[axis] == c[axis]]
     free = [axis for axis in unknown if axis not in copied]
-    if len(free) > 1 or 0 in after:
+    if len(unknown) == 1:  # -1 says the same as 0, and survives a change of the input's rank
+        copied, free = [], unknown
+    nameless = [axis for axis in free if _dimension_with(model, source, c[axis], shapes) is None]
+    if len(nameless) > 1:
         return
-    target = [dim if dim is not None else 0 if axis in copied else -1 for axis, dim in enumerate(after)]
-    if len(unknown) == 1:  # -1 says the same, and survives a change of the input's rank
-        target[unknown[0]] = -1
-    node.replace_input_with(1, add_initializer(model, f"{out.name}.target", np.array(target, np.int64)))
-    node.attributes.pop("allowzero", None)
+    inferred = nameless[0] if nameless else free[-1] if free else None
+    target = [0 if axis in copied else -1 if axis == inferred else dim for axis, dim in enumerate(after)]
+    vector = _shape_vector(model, node, target, shapes)
+    if vector is not None:
+        node.replace_input_with(1, vector)
+        node.attributes.pop("allowzero", None)
 
 
 def _short_expand(model: ir.Model, node: ir.Node, shapes: Shapes) -> None:
@@ -293,37 +295,37 @@ def replace_node(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
 
 
 def _shape_vector(model: ir.Model, node: ir.Node, dims: list[int | None], shapes: Shapes) -> ir.Value | None:
-    """A value holding `dims`, with each None read off the dynamic graph input dimension that it follows."""
-    pair = shapes.first.shape(node.outputs[0].name or ""), shapes.second.shape(node.outputs[0].name or "")
-    assert pair[0] is not None and pair[1] is not None
+    """A value holding `dims`, with each None read off the dimension, of the operand or an input, that it follows."""
+    name, pairs = node.outputs[0].name or "", shapes.pairs(node.outputs[0])
+    if None not in dims:
+        return add_initializer(model, f"{name}.target", np.array(dims, np.int64))
     parts: list[ir.Value] = []
     for axis, dim in enumerate(dims):
         if dim is not None:
-            parts.append(add_initializer(model, f"{node.outputs[0].name}.dim", np.array([dim], np.int64)))
+            parts.append(add_initializer(model, f"{name}.dim", np.array([dim], np.int64)))
             continue
-        source = _input_with(model, (pair[0][axis], pair[1][axis]))
-        if source is None:
+        found = _dimension_with(model, node.inputs[0] if node.op_type == "Reshape" else None, pairs[axis], shapes)
+        if found is None:
             return None
-        value, at = source
+        value, at = found
         sized = ir.node("Shape", [value], {"start": at, "end": at + 1}, name=f"{node.name}.shape{axis}")
         model.graph.insert_before(node, sized)
-        sized.outputs[0].name = f"{node.outputs[0].name}.shape{axis}"
+        sized.outputs[0].name = f"{name}.shape{axis}"
         parts.append(sized.outputs[0])
-    if all(part.is_initializer() for part in parts):
-        array = np.array(list(dims), np.int64)
-        return add_initializer(model, f"{node.outputs[0].name}.target", array)
     joined = ir.node("Concat", parts, {"axis": 0}, name=f"{node.name}.target")
     model.graph.insert_before(node, joined)
-    joined.outputs[0].name = f"{node.outputs[0].name}.target"
+    joined.outputs[0].name = f"{name}.target"
     return joined.outputs[0]
 
 
-def _input_with(model: ir.Model, sizes: tuple[int, int]) -> tuple[ir.Value, int] | None:
-    first, second = dynamic_sizes(model, 0), dynamic_sizes(model, 1)
-    for value in model.graph.inputs:
-        for axis, dim in enumerate(value.shape or ()):
-            if not isinstance(dim, int):
-                name = dim_name(value, axis)
-                if (first[name], second[name]) == sizes:
-                    return value, axis
+def _dimension_with(
+    model: ir.Model, operand: ir.Value | None, sizes: tuple[int, int], shapes: Shapes
+) -> tuple[ir.Value, int] | None:
+    """A dynamic dimension, (value, axis), that has these sizes in the two walks: of a graph input, or of an operand."""
+    for value in (*model.graph.inputs, *([operand] if operand is not None else [])):
+        if value.is_initializer() or shapes(value) is None:
+            continue
+        for axis, (dim, pair) in enumerate(zip(shapes(value) or (), shapes.pairs(value), strict=True)):
+            if dim is None and pair == sizes:
+                return value, axis
     return None

@@ -1,6 +1,16 @@
 """Channel labels: which positions along which axes of which tensors must live and die together."""
 
-from onnxprune.labels import convolution, linear, normalization, pointwise, recurrent, reshaping, selection
+from onnxprune.labels import (
+    attention,
+    convolution,
+    linear,
+    normalization,
+    pointwise,
+    quantization,
+    recurrent,
+    reshaping,
+    selection,
+)
 from onnxprune.labels.flow import Flow, Lock, Vector
 from onnxprune.labels.solve import Solution, analyse
 
@@ -10,10 +20,12 @@ __all__ = [
     "Solution",
     "Vector",
     "analyse",
+    "attention",
     "convolution",
     "linear",
     "normalization",
     "pointwise",
+    "quantization",
     "recurrent",
     "reshaping",
     "selection",

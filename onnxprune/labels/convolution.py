@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 SPACE = "a spatial axis"
 
 
-@rule("Conv")
+@rule("Conv", "com.microsoft::FusedConv")
 def conv(flow: Flow, node: ir.Node) -> None:
-    """`x[b,(g i),*s], w[(g o),i,*k], b[(g o)] -> y[b,(g o),*s']`."""
+    """`x[b,(g i),*s], w[(g o),i,*k], b[(g o)] -> y[b,(g o),*s']`; a fused sum `[b,(g o),*s']` may follow."""
     x, w = flow.of(node.inputs[0]), flow.of(node.inputs[1])
     sizes = flow.shape(node.inputs[1])
     if not sizes or len(w) < 3 or len(x) < 3 or sizes[0] is None or sizes[1] is None:
@@ -72,6 +72,8 @@ def _channels_out(flow: Flow, x: Vector, w0: Vector, w1: Vector, groups: int, si
 def _finish(flow: Flow, node: ir.Node, x: tuple[Vector, ...], out: Vector) -> None:
     if (bias := given(node, 2)) is not None:
         flow.tie(flow.of(bias)[0] if flow.of(bias) else None, out)
+    if (added := given(node, 3)) is not None:
+        flow.tie(flow.of(added)[1], out)
     flow.give(node.outputs[0], (None, out) + (None,) * (len(x) - 2))
 
 
@@ -81,12 +83,37 @@ def unknown_weight(flow: Flow, node: ir.Node) -> None:
         flow.lock_all(flow.of(value), "the shapes of this convolution's operands are unknown")
 
 
-@resize("Conv", "ConvTranspose")
+@rule("DeformConv")
+def deformable(flow: Flow, node: ir.Node) -> None:
+    """`x[b,i,*s], w[o,i,*k], offset, bias[o], mask -> y[b,o,*s']`, the same offsets for all channels."""
+    x, w = flow.of(node.inputs[0]), flow.of(node.inputs[1])
+    if len(w) < 3 or integer(node, "group", 1) > 1 or integer(node, "offset_group", 1) > 1:
+        return unknown_weight(flow, node)
+    flow.lock_all((*w[2:], *x[2:]), SPACE)
+    flow.tie(x[1], w[1], "the input of this convolution can't be cut")
+    for index in (2, 4):
+        flow.lock_all(flow.of(given(node, index)), "offsets are read as they are")
+    if (bias := given(node, 3)) is not None:
+        flow.tie(flow.of(bias)[0], w[0])
+    flow.give(node.outputs[0], (None, w[0], None, None))
+
+
+@rule("GridSample", "RoiAlign", "MaxRoiPool")
+def sample(flow: Flow, node: ir.Node) -> None:
+    """`x[b,c,*s], where, … -> y[b',c,*s']`: each channel by itself."""
+    x = flow.of(node.inputs[0])
+    flow.lock_all((x[0], *x[2:]), SPACE)
+    for value in node.inputs[1:]:
+        flow.lock_all(flow.of(value), "it says where to sample")
+    flow.give(node.outputs[0], (None, x[1]) + (None,) * (len(x) - 2))
+
+
+@resize("Conv", "ConvTranspose", "com.microsoft::FusedConv")
 def resize_group(cut: Cut, node: ir.Node) -> None:
     """The number of groups follows from the channels that are left."""
     if (groups := integer(node, "group", 1)) > 1:
         before, after = cut.size_before(node.inputs[0], 1), cut.size(node.inputs[0], 1)
-        per_group = cut.size(node.inputs[1], 1) if node.op_type == "Conv" else before // groups
+        per_group = before // groups if node.op_type == "ConvTranspose" else cut.size(node.inputs[1], 1)
         node.attributes["group"] = ir.AttrInt64("group", after // per_group)
 
 

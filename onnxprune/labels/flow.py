@@ -9,6 +9,9 @@ can't be cut carries None. A rule gives the axes of a node's outputs their vecto
   groups). Such a tensor must stay rectangular, so only one of the axes can be cut; the solver chooses which;
 - `inexact(a)`: cutting here changes what is left (a mean over channels), so it isn't the same as a mask.
 
+A dynamic dimension has labels where something that can be cut is folded into it, such as heads into the batch: as many
+as it has positions in the first shape walk, in a pattern that repeats.
+
 Initializers get fresh labels on all their axes when a rule first asks for them, and ties do the rest. So a rule needs
 no case for constants: a bias is tied like any other operand.
 """
@@ -94,7 +97,7 @@ class Flow:
     locks: list[Lock] = field(default_factory=list)
     rectangles: list[Rectangle] = field(default_factory=list)
     inexact_labels: list[tuple[NDArray[np.int64], str]] = field(default_factory=list)
-    reluctant: list[NDArray[np.int64]] = field(default_factory=list)
+    heads: list[NDArray[np.int64]] = field(default_factory=list)  # batch axes of products of two activations
     kinds: list[tuple[NDArray[np.int64], str]] = field(default_factory=list)
     count: int = 0
     node: ir.Node | None = None
@@ -113,6 +116,10 @@ class Flow:
         """The shape of a value, None for dynamic dimensions; None when unknown."""
         return None if value is None else self.shapes(value)
 
+    def sizes(self, value: ir.Value | None) -> tuple[int, ...] | None:
+        """The sizes of a value in the first shape walk, dynamic dimensions too; None when unknown."""
+        return None if value is None else self.shapes.concrete(value)
+
     def of(self, value: ir.Value | None) -> tuple[Vector, ...]:
         """The vectors of a value's axes; fresh ones for an initializer that is asked for the first time."""
         if value is None:
@@ -126,17 +133,25 @@ class Flow:
 
     def give(self, value: ir.Value, vectors: Sequence[Vector]) -> None:
         """Sets the vectors of a computed value's axes."""
-        shape = self.shape(value)
-        if shape is None or len(shape) != len(vectors):
+        sizes = self.sizes(value)
+        if sizes is None or len(sizes) != len(vectors):
             self.lock_all(vectors, "its shape is unknown after this operator")
             return
         checked: list[Vector] = []
-        for vector, size in zip(vectors, shape, strict=True):
+        for vector, size in zip(vectors, sizes, strict=True):
             if vector is not None and len(vector) != size:
                 self.lock(vector, "the operator changes this axis in a way that isn't understood")
                 vector = None
             checked.append(vector)
         self.axes[value] = tuple(checked)
+
+    def fixed(self, value: ir.Value | None, axis: int) -> Vector:
+        """The labels of an axis whose positions an operator names; none, after a lock, where its size is dynamic."""
+        vector, shape = self.of(value)[axis], self.shape(value)
+        if vector is None or (shape is not None and shape[axis] is not None):
+            return vector
+        self.lock(vector, "positions of a dynamic dimension are named", value)
+        return None
 
     def tie(self, a: Vector, b: Vector, reason: str = "the other operand can't be cut along this axis") -> None:
         """Position i of `a` and position i of `b` live and die together; an uncut side locks the other."""

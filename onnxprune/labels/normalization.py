@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import onnx_ir as ir
 
-from onnxprune.labels.flow import Flow, Vector, integer, integers, rule
+from onnxprune.labels.flow import Flow, Vector, integer, integers, resize, rule
+from onnxprune.labels.linear import lock_operands
+from onnxprune.labels.reshaping import split
+
+if TYPE_CHECKING:
+    from onnxprune.cut import Cut
 
 
 @rule("BatchNormalization")
@@ -20,12 +27,37 @@ def batch_norm(flow: Flow, node: ir.Node) -> None:
 
 @rule("InstanceNormalization")
 def instance_norm(flow: Flow, node: ir.Node) -> None:
-    """`x[b,c,*s], scale[c], bias[c] -> y[b,c,*s]`: exact, each channel by itself; the space it averages over locks."""
+    """`x[b,c,*s], scale[c], bias[c] -> y[b,c,*s]`: exact, each channel by itself, unless channels are folded into s."""
     x = flow.of(node.inputs[0])
-    flow.lock_all(x[2:], "InstanceNormalization averages over it")
+    for vector in x[2:]:
+        flow.inexact(vector)
     for parameter in node.inputs[1:]:
         flow.tie(flow.of(parameter)[0] if flow.of(parameter) else None, x[1])
-    flow.give(node.outputs[0], x[:2] + (None,) * (len(x) - 2))
+    flow.give(node.outputs[0], x)
+
+
+@rule("GroupNormalization")
+def group_norm(flow: Flow, node: ir.Node) -> None:
+    """`x[b,(g i),*s], scale, bias -> y[b,(g i),*s]`: exact for whole groups g, inexact inside them."""
+    x, groups, sizes = flow.of(node.inputs[0]), integer(node, "num_groups", 1), flow.shape(node.inputs[0])
+    if len(x) < 2 or sizes is None or sizes[1] is None:
+        return lock_operands(flow, node, "the shape of an operand is unknown")
+    for vector in x[2:]:
+        flow.inexact(vector)
+    rows, inner = split(flow, x[1], [groups, sizes[1] // groups])
+    flow.inexact(inner)
+    for parameter in node.inputs[1:]:  # one for each group until opset 20, one for each channel since
+        flow.tie(flow.of(parameter)[0], x[1] if flow.shape(parameter) == sizes[1:2] else rows)
+    flow.give(node.outputs[0], x)
+
+
+@resize("GroupNormalization")
+def resize_groups(cut: Cut, node: ir.Node) -> None:
+    """The number of groups is an attribute."""
+    vector, groups = cut.axes(node.inputs[0])[1], integer(node, "num_groups", 1)
+    if vector is not None:
+        kept = int(cut.is_kept(vector).reshape(groups, -1).any(1).sum())
+        node.attributes["num_groups"] = ir.AttrInt64("num_groups", kept)
 
 
 @rule("LayerNormalization", "RMSNormalization", "com.microsoft::SimplifiedLayerNormalization")
@@ -51,11 +83,54 @@ def local_response(flow: Flow, node: ir.Node) -> None:
     flow.give(node.outputs[0], x)
 
 
-@rule("LpNormalization", "Softmax", "LogSoftmax", "Hardmax", "CumSum")
+@rule("com.microsoft::SkipLayerNormalization", "com.microsoft::SkipSimplifiedLayerNormalization")
+def skip_layer_norm(flow: Flow, node: ir.Node) -> None:
+    """`x[*b,n], skip[*b,n], scale[n], bias[n], bias[n] -> y[*b,n], mean, deviation, x + skip + bias`: inexact."""
+    x = flow.of(node.inputs[0])
+    skip = flow.of(node.inputs[1])
+    flow.lock_all(skip[:-1], "only the last axis is followed")
+    for value in node.inputs[1:]:
+        if value is not None:
+            flow.tie(flow.of(value)[-1], x[-1])
+    flow.inexact(x[-1])
+    for index in (0, 3):
+        if index < len(node.outputs) and node.outputs[index].name:
+            flow.give(node.outputs[index], x)
+
+
+@rule("com.microsoft::EmbedLayerNormalization")
+def embed_layer_norm(flow: Flow, node: ir.Node) -> None:
+    """`ids, segments, words[w,n], positions[p,n], segments[t,n], scale[n], bias[n] -> y[b,s,n], mask, sum`: inexact."""
+    tables = [flow.of(value) for value in node.inputs[2:7] if value is not None]
+    for axes in tables:
+        flow.lock_all(axes[:-1], "it is indexed by data")
+        flow.tie(axes[-1], tables[0][-1])
+    flow.inexact(tables[0][-1])
+    for index in (0, 2):
+        if index < len(node.outputs) and node.outputs[index].name:
+            flow.give(node.outputs[index], (None, None, tables[0][-1]))
+
+
+@rule("MeanVarianceNormalization")
+def mean_variance(flow: Flow, node: ir.Node) -> None:
+    """`x -> y` of the same shape, with mean and variance over some axes: a cut of one of those is inexact."""
+    x = flow.of(node.inputs[0])
+    for axis in integers(node, "axes") or [0, 2, 3]:
+        flow.inexact(x[axis])
+    flow.give(node.outputs[0], x)
+
+
+@rule("LpNormalization")
+def lp_norm(flow: Flow, node: ir.Node) -> None:
+    """`x -> x / |x|` along one axis: exact, since what is masked adds nothing to the norm."""
+    flow.give(node.outputs[0], flow.of(node.inputs[0]))
+
+
+@rule("Softmax", "LogSoftmax", "Hardmax", "CumSum", "CumProd")
 def along_axis(flow: Flow, node: ir.Node) -> None:
     """`x -> y` of the same shape, mixing one axis: that axis can't be cut."""
     x = flow.of(node.inputs[0])
-    named = flow.ints(node, 1) if node.op_type == "CumSum" else [integer(node, "axis", -1)]
+    named = flow.ints(node, 1) if node.op_type in ("CumSum", "CumProd") else [integer(node, "axis", -1)]
     if not named:
         return flow.lock_all(x, "it is summed along an axis that isn't constant")
     axis = named[0] % max(len(x), 1)
@@ -64,13 +139,13 @@ def along_axis(flow: Flow, node: ir.Node) -> None:
 
 
 EXACT = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2")
-MIXING = ("ReduceMean",)
-LOCKING = ("ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", "ArgMax", "ArgMin")
+MIXING = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceLogSum", "ReduceLogSumExp")
+LOCKING = ("ReduceProd", "ArgMax", "ArgMin")
 
 
 @rule(*EXACT, *MIXING, *LOCKING)
 def reduce(flow: Flow, node: ir.Node) -> None:
-    """`x[*kept,*gone] -> y[*kept]`: a sum over a cut axis is exact, a mean inexact, anything else locks it."""
+    """`x[*kept,*gone] -> y[*kept]`: over a cut axis a sum is exact, a mean or maximum inexact; indices lock it."""
     x = flow.of(node.inputs[0])
     axes = reduced_axes(flow, node, len(x))
     if axes is None:

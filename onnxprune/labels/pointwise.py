@@ -9,11 +9,11 @@ from onnxprune.labels.flow import Flow, Vector, given, rule
 UNARY = """
     Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid
     HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh
-    Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Dropout com.microsoft::QuickGelu com.microsoft::Gelu
+    Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Dropout BitCast com.microsoft::QuickGelu com.microsoft::Gelu
 """
 BROADCAST = """
     Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod
-    Mul Or Pow PRelu Sub Sum Where Xor
+    Mul Or Pow PRelu Sub Sum Where Xor com.microsoft::BiasGelu com.microsoft::FastGelu
 """
 
 

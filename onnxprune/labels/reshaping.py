@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxprune.labels.flow import Flow, Vector, integer, integers, resize, rule
+from onnxprune.model import constant
 
 if TYPE_CHECKING:
     from onnxprune.cut import Cut
@@ -29,26 +30,45 @@ def transpose(flow: Flow, node: ir.Node) -> None:
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def reshape(flow: Flow, node: ir.Node) -> None:
     """`x -> y` with the same elements in the same order: axes are matched up in blocks that hold the same elements."""
-    x, before, after = flow.of(node.inputs[0]), flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
-    source = node.inputs[0]
+    source, out = node.inputs[0], node.outputs[0]
+    x, before, after = flow.of(source), flow.sizes(source), flow.sizes(out)
     assert source is not None
-    pairs = blocks(flow.shapes.pairs(source), flow.shapes.pairs(node.outputs[0]))
-    if pairs is None or before is None or after is None:
+    pairs = blocks(flow.shapes.pairs(source), flow.shapes.pairs(out))
+    if pairs is None or before is None or after is None or 0 in before:
         return flow.lock_all(x, "the target of this reshape can't be followed")
+    named = target(node) if node.op_type == "Reshape" else [-1] * len(after)
     result: list[Vector] = [None] * len(after)
-    fixed = node.op_type != "Reshape" or flow.ints(node, 1) is not None
     for sources, targets in pairs:
         vectors = [x[axis] for axis in sources]
         if all(vector is None for vector in vectors):
             continue
-        sizes, new = [before[axis] for axis in sources], [after[axis] for axis in targets]
-        if not fixed or not all(sizes) or not all(new):
-            flow.lock_all(vectors, "it is reshaped together with a dynamic dimension")
-            continue
-        flat = merge(flow, vectors, [size or 1 for size in sizes])
-        for axis, vector in zip(targets, split(flow, flat, [size or 1 for size in new]), strict=True):
-            result[axis] = vector
-    flow.give(node.outputs[0], result)
+        flat = merge(flow, vectors, [before[axis] for axis in sources])
+        parts = split(flow, flat, [after[axis] for axis in targets])
+        for axis, vector in zip(targets, parts, strict=True):
+            if vector is not None and (named is None or named[axis] is None):
+                flow.lock(vector, "its size is computed in the target of this reshape")
+            else:
+                result[axis] = vector
+    flow.give(out, result)
+
+
+def target(node: ir.Node) -> list[int | None] | None:
+    """What a Reshape's target names for each axis, None for a computed size; None for a target that can't be read.
+
+    Computed targets are joined from parts of one number each, some of them constant, after normalising.
+    """
+    known = constant(node.inputs[1])
+    if known is not None:
+        return [int(dim) for dim in known]
+    join = node.inputs[1].producer() if node.inputs[1] is not None else None
+    if join is None or join.op_type != "Concat":
+        return None
+    parts = [constant(value) for value in join.inputs]
+    return (
+        None
+        if any(part is not None and part.size != 1 for part in parts)
+        else [None if part is None else int(part.reshape(-1)[0]) for part in parts]
+    )
 
 
 def blocks(before: Sequence[Pair], after: Sequence[Pair]) -> list[Block] | None:
@@ -115,47 +135,51 @@ def split(flow: Flow, flat: Vector, sizes: Sequence[int]) -> list[Vector]:
 @resize("Reshape")
 def resize_target(cut: Cut, node: ir.Node) -> None:
     """The target names sizes; 0 and -1 stay."""
-    target = cut.ints(node, 1)
-    if target is not None:
-        new = [d if d in (0, -1) else cut.size(node.outputs[0], axis, d) for axis, d in enumerate(target)]
-        cut.set_ints(node, 1, new)
+    resize_named(cut, node, (0, -1))
+
+
+def resize_named(cut: Cut, node: ir.Node, stay: tuple[int, ...]) -> None:
+    """Corrects the sizes, other than those that `stay`, that a target names, be it constant or joined from parts."""
+    named, out = target(node), node.outputs[0]
+    if named is None:
+        return
+    lead = len(cut.axes(out)) - len(named) if cut.axes(out) else 0
+    new = [d if d is None or d in stay else cut.size(out, axis + lead, d) for axis, d in enumerate(named)]
+    if None not in new:
+        return cut.set_ints(node, 1, [d for d in new if d is not None])
+    join = node.inputs[1].producer() if node.inputs[1] is not None else None
+    assert join is not None
+    for index, dim in enumerate(new):
+        if dim is not None:
+            cut.set_ints(join, index, [dim])
 
 
 @rule("Expand")
 def expand(flow: Flow, node: ir.Node) -> None:
-    """`x, shape -> y`: axes of size one are repeated, the others keep their labels."""
+    """`x, shape -> y`: axes of size one are repeated, to positions of their own; the others keep their labels."""
     x, before, after = flow.of(node.inputs[0]), flow.shape(node.inputs[0]), flow.shape(node.outputs[0])
+    named = target(node)
     if before is None or after is None:
         return flow.lock_all(x, "the target of this Expand can't be followed")
     lead = len(after) - len(before)
-    target = flow.ints(node, 1)
+    if named is not None:
+        named = [*[1] * (len(after) - len(named)), *named]
     result: list[Vector] = [*([None] * lead), *x]
-    for axis in range(lead, len(after)):
-        named = target is None and not _is_one(flow, node, axis)
-        if named and result[axis] is not None:
-            flow.lock(result[axis], "the target of this Expand names its size and is computed")
+    for axis, size in enumerate(after):
+        vector = result[axis]
+        if vector is None and (axis < lead or before[axis - lead] == 1):
+            known = named is not None and named[axis] is not None
+            result[axis] = flow.fresh(size) if known else None
+        elif vector is not None and (named is None or named[axis] is None):
+            flow.lock(vector, "the target of this Expand names its size and is computed")
             result[axis] = None
     flow.give(node.outputs[0], result)
 
 
-def _is_one(flow: Flow, node: ir.Node, axis: int) -> bool:
-    """Whether a computed Expand target holds 1 at `axis`, so that no channel count stands in it."""
-    value = node.inputs[1]
-    held = flow.shapes.contents(value) if value is not None else None
-    if held is None:
-        return False
-    return len(held[0]) > axis and bool(held[0][axis] == held[1][axis] == 1)
-
-
 @resize("Expand")
 def resize_expand(cut: Cut, node: ir.Node) -> None:
-    """A constant target names sizes."""
-    target = cut.ints(node, 1)
-    if target is not None:
-        lead = len(cut.axes(node.outputs[0])) - len(target)
-        cut.set_ints(
-            node, 1, [cut.size(node.outputs[0], axis + lead, d) if d != 1 else 1 for axis, d in enumerate(target)]
-        )
+    """The target names sizes; 1 stays."""
+    resize_named(cut, node, (1,))
 
 
 @rule("Tile")

@@ -65,7 +65,7 @@ def split(flow: Flow, node: ir.Node) -> None:
         return flow.lock_all(x, "the sizes of this Split are unknown")
     axis = integer(node, "axis", 0) % len(x)
     sizes = [shape[axis] for shape in shapes if shape is not None]
-    whole = x[axis]
+    whole = flow.fixed(node.inputs[0], axis)
     if whole is not None and (None in sizes or sum(size or 0 for size in sizes) != len(whole)):
         flow.lock(whole, "the sizes of this Split are unknown")
         whole = None
@@ -98,15 +98,11 @@ def slices(flow: Flow, node: ir.Node) -> None:
         return flow.lock_all(x, "the bounds of this Slice are computed")
     result = list(x)
     for axis, where in bounds.items():
-        vector = x[axis]
+        vector = result[axis] = flow.fixed(node.inputs[0], axis)
         if vector is None:
             continue
         part = vector[where]
-        whole = len(part) == len(vector)
-        if where.step not in (None, 1) and not whole:
-            flow.lock(vector, "this Slice skips positions")
-            result[axis] = None
-        elif len(part) == 1:
+        if len(part) == 1:
             flow.lock(part, "this Slice takes a single position")
             result[axis] = None
         else:
@@ -122,11 +118,15 @@ def slice_bounds(flow: Flow, node: ir.Node, rank: int) -> dict[int, slice] | Non
         return None
     axes = axes if axes is not None else list(range(len(starts)))
     steps = steps if steps is not None else [1] * len(starts)
-    low = -(2**31)
     return {
-        axis % rank: slice(start, None if step < 0 and end <= low else end, step)
+        axis % rank: step_slice(start, end, step)
         for start, end, axis, step in zip(starts, ends, axes, steps, strict=True)
     }
+
+
+def step_slice(start: int, end: int, step: int) -> slice:
+    """A slice as ONNX means it: running backwards, an end far below zero is before the first position."""
+    return slice(start, None if step < 0 and end <= -(2**31) else end, step)
 
 
 @resize("Slice")
@@ -136,15 +136,24 @@ def resize_slice(cut: Cut, node: ir.Node) -> None:
     starts, ends = cut.ints(node, 1), cut.ints(node, 2)
     if starts is None or ends is None or all(vector is None for vector in vectors):
         return
-    axes = cut.ints(node, 3) or list(range(len(starts)))
+    axes, steps = cut.ints(node, 3) or list(range(len(starts))), cut.ints(node, 4) or [1] * len(starts)
     for i, axis in enumerate(axes):
         vector = vectors[axis % len(vectors)]
-        step = (cut.ints(node, 4) or [1] * len(starts))[i]
-        if vector is not None and step == 1:
+        step = steps[i]
+        if vector is None:
+            continue
+        if step == 1:
             first, last, _ = slice(starts[i], ends[i]).indices(len(vector))
             starts[i], ends[i] = cut.kept_before(vector, first), cut.kept_before(vector, last)
+        elif not cut.is_kept(vector).all():  # what is left of every other position is named one by one
+            wanted = np.arange(len(vector))[step_slice(starts[i], ends[i], step)]
+            kept = [cut.kept_before(vector, int(j)) for j in wanted if cut.is_kept(vector)[j]]
+            cut.pick(node, axis % len(vectors), kept)
+            starts[i], ends[i], steps[i] = 0, 2**31 - 1, 1
     cut.set_ints(node, 1, starts)
     cut.set_ints(node, 2, ends)
+    if len(node.inputs) > 4:
+        cut.set_ints(node, 4, steps)
 
 
 @rule("Pad")
@@ -158,8 +167,10 @@ def pad(flow: Flow, node: ir.Node) -> None:
     result = list(x)
     for i, axis in enumerate(axes):
         front, back = pads[i], pads[i + len(axes)]
-        vector = x[axis]
-        if vector is None or (front == 0 and back == 0):
+        if x[axis] is None or (front == 0 and back == 0):
+            continue
+        vector = result[axis] = flow.fixed(node.inputs[0], axis)
+        if vector is None:
             continue
         if text(node, "mode", "constant") != "constant" or front < 0 or back < 0:
             flow.lock(vector, "this Pad isn't constant, or crops")
@@ -196,14 +207,14 @@ def gather(flow: Flow, node: ir.Node) -> None:
     if not x or indices is None:
         return flow.lock_all(x, "the shape of this Gather is unknown")
     axis = integer(node, "axis", 0) % len(x)
-    picked = constant(node.inputs[1])
-    vector = x[axis]
-    if vector is not None and (picked is None or picked.ndim != 1 or picked.size < 2):
-        flow.lock(vector, "single positions of it are picked" if picked is not None else "it is indexed by data")
-        vector = None
+    picked, vector = constant(node.inputs[1]), flow.fixed(node.inputs[0], axis)
     middle: list[Vector] = [None] * len(indices)
-    if vector is not None and picked is not None:
+    if vector is not None and picked is None:
+        flow.lock(vector, "it is indexed by data")
+    elif vector is not None and picked.ndim == 1 and picked.size > 1:
         middle = [vector[picked]]
+    elif vector is not None:
+        flow.lock(vector[picked.ravel()], "this position of it is picked")
     flow.give(node.outputs[0], [*x[:axis], *middle, *x[axis + 1 :]])
 
 
@@ -212,6 +223,75 @@ def resize_gather(cut: Cut, node: ir.Node) -> None:
     """Constant indices into a cut axis: those of removed positions go, the others move up."""
     vectors, picked = cut.axes(node.inputs[0]), constant(node.inputs[1])
     vector = vectors[integer(node, "axis", 0) % max(len(vectors), 1)] if vectors else None
-    if vector is not None and picked is not None and picked.ndim == 1 and picked.size >= 2:
-        kept = [int(i) % len(vector) for i in picked if cut.is_kept(vector)[int(i) % len(vector)]]
+    if vector is not None and picked is not None:
+        kept = [int(i) % len(vector) for i in picked.ravel() if cut.is_kept(vector)[i]]
         cut.set_ints(node, 1, [cut.kept_before(vector, i) for i in kept])
+
+
+@rule("GatherElements", "ScatterElements", "Scatter")
+def elements(flow: Flow, node: ir.Node) -> None:
+    """`x[*a,n,*b], i[*a,m,*b], updates[*a,m,*b] -> y`: the axis n is indexed by data, the others are tied."""
+    x, axis = flow.of(node.inputs[0]), integer(node, "axis", 0)
+    sizes = flow.shape(node.inputs[0]) or ()
+    result: list[Vector] = list(x)
+    for value in node.inputs[1:]:
+        for other, (vector, size) in enumerate(zip(flow.of(value), flow.shape(value) or (), strict=True)):
+            if other == axis % len(x) or size != sizes[other]:
+                flow.lock(vector, "it is indexed by data")
+                flow.lock(x[other], "it is indexed by data")
+                result[other] = None
+            else:
+                flow.tie(vector, x[other], "its elements are indexed one by one")
+                result[other] = None if vector is None else result[other]
+    flow.give(node.outputs[0], result)
+
+
+@rule("GatherND")
+def gather_nd(flow: Flow, node: ir.Node) -> None:
+    """`x[*n,*b], i[*m,k] -> y[*m,*b]`: the axes that are indexed stay, the others pass."""
+    x, shape, batch = flow.of(node.inputs[0]), flow.shape(node.inputs[1]), integer(node, "batch_dims", 0)
+    if not x or not shape or shape[-1] is None:
+        return flow.lock_all(x, "the shape of this GatherND is unknown")
+    indexed = batch + shape[-1]
+    flow.lock_all((*x[:indexed], *flow.of(node.inputs[1])), "it is indexed by data")
+    flow.give(node.outputs[0], [*[None] * (len(shape) - 1), *x[indexed:]])
+
+
+@rule("ScatterND")
+def scatter_nd(flow: Flow, node: ir.Node) -> None:
+    """`x[*n,*b], i[*m,k], updates[*m,*b] -> y[*n,*b]`: the axes that are indexed stay, the others are tied."""
+    x, shape = flow.of(node.inputs[0]), flow.shape(node.inputs[1])
+    updates = flow.of(node.inputs[2])
+    if not x or not shape or shape[-1] is None:
+        return flow.lock_all((*x, *updates), "the shape of this ScatterND is unknown")
+    indexed, lead = shape[-1], len(shape) - 1
+    flow.lock_all((*x[:indexed], *updates[:lead], *flow.of(node.inputs[1])), "it is indexed by data")
+    for vector, other in zip(x[indexed:], updates[lead:], strict=True):
+        flow.tie(vector, other, "what is scattered into it can't be cut")
+    flow.give(node.outputs[0], [*[None] * indexed, *x[indexed:]])
+
+
+@rule("TopK")
+def top(flow: Flow, node: ir.Node) -> None:
+    """`x[*a,n,*b], k -> values[*a,k,*b], indices[*a,k,*b]`: the axis n is sorted, the others pass."""
+    x = flow.of(node.inputs[0])
+    axis = integer(node, "axis", -1) % max(len(x), 1)
+    flow.lock(x[axis], "TopK sorts along it", node.inputs[0])
+    for output in node.outputs:
+        flow.give(output, [None if i == axis else vector for i, vector in enumerate(x)])
+
+
+@rule("Trilu")
+def triangle(flow: Flow, node: ir.Node) -> None:
+    """`x[*b,i,j] -> y[*b,i,j]`, zero on one side of the diagonal: positions of the last two axes stay."""
+    x = flow.of(node.inputs[0])
+    flow.lock_all(x[-2:], "Trilu compares its positions")
+    flow.give(node.outputs[0], (*x[:-2], None, None))
+
+
+@rule("ReverseSequence")
+def reverse(flow: Flow, node: ir.Node) -> None:
+    """`x[t,b,*c], lengths[b] -> y[t,b,*c]`: time and batch stay, the others pass."""
+    x, named = flow.of(node.inputs[0]), (integer(node, "time_axis", 0), integer(node, "batch_axis", 1))
+    flow.lock_all([x[axis] for axis in named], "ReverseSequence names its positions")
+    flow.give(node.outputs[0], [None if axis in named else vector for axis, vector in enumerate(x)])

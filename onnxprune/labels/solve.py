@@ -12,6 +12,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from onnxprune.labels.flow import RULES, Flow, Lock, Rectangle, Vector, operator_name
+from onnxprune.labels.locked import LOCKED
 from onnxprune.shapes import Shapes, infer_shapes
 
 Granularity = Literal["rows", "columns", "auto"]
@@ -65,7 +66,7 @@ def _apply_rule(flow: Flow, node: ir.Node) -> None:
     known = RULES.get(operator_name(node))
     seen = [value for value in (*node.inputs, *node.outputs) if value is not None and (value.name or value.producer())]
     if known is None:
-        reason = "no rule for this operator"
+        reason = LOCKED.get(operator_name(node), "no rule for this operator")
     elif _captured(node):
         reason = "a subgraph uses it"
     elif any(flow.shape(value) is None for value in seen if not _unused(value)):
@@ -158,13 +159,13 @@ def _settle(
     candidates = [axis for axis in axes if free[axis]]
     chosen = None
     if candidates:
-        reluctant = _reluctant(flow, component)
+        heads = _marked(flow.heads, component)
         chosen = max(
             candidates,
             key=lambda axis: (
                 {"rows": -axis, "columns": axis, "auto": 0}[granularity],
                 axis == rectangle.prefer,
-                not reluctant[component[rectangle.axes[axis]]].any(),
+                heads[component[rectangle.axes[axis]]].any(),
                 free[axis],
             ),
         )
@@ -194,8 +195,8 @@ def _free_slices(
     return int((~locked[component[grid]].any(axis=others) & ~locked[component[vector]]).sum())
 
 
-def _reluctant(flow: Flow, component: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _marked(vectors: list[NDArray[np.int64]], component: NDArray[np.int64]) -> NDArray[np.bool_]:
     marked = np.zeros(int(component.max(initial=-1)) + 1, bool)
-    for vector in flow.reluctant:
+    for vector in vectors:
         marked[component[vector]] = True
     return marked

@@ -1,0 +1,80 @@
+"""Quantised models as they stand: scales and zero points go with their axis, packed weights go by rows and blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune.labels.flow import Flow, given, integer, resize, rule
+from onnxprune.labels.linear import lock_operands
+
+if TYPE_CHECKING:
+    from onnxprune.cut import Cut
+
+BOTH = ("QuantizeLinear", "DequantizeLinear", "com.microsoft::QuantizeLinear", "com.microsoft::DequantizeLinear")
+
+
+@rule(*BOTH)
+def quantize(flow: Flow, node: ir.Node) -> None:
+    """`x, scale, zero -> y` of the same shape; scale and zero are numbers, or vectors along the quantised axis."""
+    x = flow.of(node.inputs[0])
+    axis = integer(node, "axis", 1)
+    for value in node.inputs[1:]:
+        sizes = flow.shape(value) or ()
+        if len(sizes) == 1 and sizes[0] != 1:
+            flow.tie(flow.of(value)[0], x[axis])
+        elif len(sizes) > 1:  # in blocks
+            flow.lock_all(flow.of(value), "it is quantised in blocks")
+            flow.lock(x[axis], "it is quantised in blocks")
+            for other, vector in enumerate(flow.of(value)):
+                if other != axis:
+                    flow.lock(x[other], "it is quantised in blocks")
+                    flow.lock(vector, "it is quantised in blocks")
+        else:
+            flow.of(value)
+    flow.give(node.outputs[0], x)
+
+
+@rule("com.microsoft::MatMulNBits")
+def packed_matmul(flow: Flow, node: ir.Node) -> None:
+    """`a[*b,(n s)], w[o,n,bytes], scales[(o n)], zeros[(o m)], order, bias[o] -> y[*b,o]`: k is cut by blocks n."""
+    a, w = flow.of(node.inputs[0]), flow.of(node.inputs[1])
+    shape, block = flow.shape(node.inputs[1]), integer(node, "block_size", 0)
+    if not a or len(w) != 3 or shape is None or given(node, 4) is not None or None in shape:
+        return lock_operands(flow, node, "the layout of this MatMulNBits isn't understood")
+    flow.lock(w[2], "packed numbers stay together")
+    out, blocks = w[0], w[1]
+    whole = integer(node, "K", 0) == (shape[1] or 0) * block
+    for index in (2, 3):
+        value = given(node, index)
+        if value is None:
+            continue
+        axes, sizes = flow.of(value), flow.shape(value) or ()
+        per_row = int(np.prod([size or 0 for size in sizes])) // (shape[0] or 1)
+        if per_row != shape[1] or len(axes) == 1:  # several blocks in a byte, or rows and blocks in one axis
+            flow.lock(blocks, "the scales of its blocks are stored in one axis with the rows")
+        if len(axes) == 1:
+            flow.tie(axes[0], None if out is None else np.repeat(out, per_row))
+        else:
+            flow.tie(axes[0], out)
+            flow.tie(axes[1], blocks) if per_row == shape[1] else flow.lock(axes[1], "packed numbers stay together")
+    if (bias := given(node, 5)) is not None:
+        flow.tie(flow.of(bias)[0], out)
+    inner = np.repeat(blocks, block) if whole and blocks is not None else None
+    flow.tie(a[-1], inner, "it is multiplied with packed weights whose blocks can't be cut")
+    if inner is None:
+        flow.lock(blocks, "packed numbers stay together")
+    flow.give(node.outputs[0], (*a[:-1], out))
+
+
+@resize("com.microsoft::MatMulNBits")
+def resize_packed_matmul(cut: Cut, node: ir.Node) -> None:
+    """K and N are attributes."""
+    for name, axis in (("N", 0), ("K", 1)):
+        factor = 1 if axis == 0 else integer(node, "block_size", 1)
+        if cut.axes(node.inputs[1])[axis] is not None and cut.size(node.inputs[1], axis) != cut.size_before(
+            node.inputs[1], axis
+        ):
+            node.attributes[name] = ir.AttrInt64(name, cut.size(node.inputs[1], axis) * factor)
