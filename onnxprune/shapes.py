@@ -210,6 +210,7 @@ def simplify_shape_arithmetic(model: ir.Model) -> None:
     """
     shapes = infer_shapes(model)
     rewrites: dict[str, Callable[[ir.Model, ir.Node, Shapes], None]] = {
+        "Shape": _partial_shape,
         "Reshape": _constant_reshape,
         "Expand": _short_expand,
         "ConstantOfShape": _fill_by_expand,
@@ -235,6 +236,30 @@ def add_initializer(model: ir.Model, name: str, array: NDArray[Any]) -> ir.Value
     value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
+
+
+def _partial_shape(model: ir.Model, node: ir.Node, shapes: Shapes) -> None:
+    """Reads no static size: as constants those don't lock the axes that they are read from."""
+    source = node.inputs[0]
+    sizes = shapes(source) if source is not None else None
+    if sizes is None or source is None:
+        return
+    start, end, _ = slice(*(_bound(node, name) for name in ("start", "end"))).indices(len(sizes))
+    parts: list[ir.Value] = []
+    for axis in range(start, end):
+        if (dim := sizes[axis]) is not None:
+            parts.append(add_initializer(model, f"{node.name}.dim", np.array([dim], np.int64)))
+            continue
+        single = ir.node("Shape", [source], {"start": axis, "end": axis + 1}, name=f"{node.name}.axis{axis}")
+        single.outputs[0].name = single.name
+        model.graph.insert_before(node, single)
+        parts.append(single.outputs[0])
+    if len(parts) > 1:
+        replace_node(model, node, ir.node("Concat", parts, {"axis": 0}, name=f"{node.name}.joined"))
+
+
+def _bound(node: ir.Node, name: str) -> int | None:
+    return int(node.attributes[name].as_int()) if name in node.attributes else None
 
 
 def _constant_reshape(model: ir.Model, node: ir.Node, shapes: Shapes) -> None:
