@@ -155,11 +155,11 @@ def _settle(
     """Chooses the axis along which a rectangle is cut, ties its slices, and locks its other axes."""
     grid = rectangle.flat.reshape(rectangle.sizes)
     axes = range(len(rectangle.sizes))
-    free = {axis: _free_slices(grid, rectangle.axes[axis], axis, component, locked) for axis in axes}
+    free = {axis: _free_units(grid, rectangle.axes[axis], axis, component, locked) for axis in axes}
     candidates = [axis for axis in axes if free[axis]]
     chosen = None
     if candidates:
-        heads = _marked(flow.heads, component)
+        heads = _heads(flow, component)
         chosen = max(
             candidates,
             key=lambda axis: (
@@ -185,18 +185,32 @@ def _settle(
         flow.kinds.append((rectangle.axes[chosen], kind))  # type: ignore[arg-type]
 
 
-def _free_slices(
+def _free_units(
     grid: NDArray[np.int64], vector: Vector, axis: int, component: NDArray[np.int64], locked: NDArray[np.bool_]
 ) -> int:
-    """How many slices along an axis hold nothing locked."""
+    """How many units a cut along an axis would leave to choose from, after tying each slice and what it holds."""
     if vector is None:
         return 0
-    others = tuple(i for i in range(grid.ndim) if i != axis)
-    return int((~locked[component[grid]].any(axis=others) & ~locked[component[vector]]).sum())
+    size = len(vector)
+    slices = np.moveaxis(grid, axis, 0).reshape(size, -1)
+    held = np.concatenate([slices, vector[:, None]], axis=1)
+    known, inside = np.unique(component[held], return_inverse=True)
+    rows = np.repeat(np.arange(size), held.shape[1])
+    links = coo_array((np.ones(len(rows), np.int8), (rows, size + inside.ravel())), shape=(size + len(known),) * 2)
+    count, of = connected_components(links, directed=False)
+    return int(count - len(np.unique(of[size:][locked[known]])))
 
 
-def _marked(vectors: list[NDArray[np.int64]], component: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _heads(flow: Flow, component: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """The components that are heads: batch axes of products of two activations, and what such an axis is split into."""
     marked = np.zeros(int(component.max(initial=-1)) + 1, bool)
-    for vector in vectors:
+    for vector in flow.heads:
         marked[component[vector]] = True
-    return marked
+    while True:
+        before = marked.sum()
+        for rectangle in flow.rectangles:
+            if marked[component[rectangle.flat]].all():
+                for axis in rectangle.axes:
+                    marked[component[axis if axis is not None else []]] = True
+        if marked.sum() == before:
+            return marked

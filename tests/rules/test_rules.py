@@ -110,6 +110,8 @@ EXACT = {
         "{ h = Conv(x, w) p = PRelu(h, s) y = Conv(p, v) }"),
     "division by a masked tensor": ([4], "(float[N,6] x, float[6,4] f, float[6,4] e, float[4,5] g) => (float[N,5] y)"
         "{ h = MatMul(x, f) d = MatMul(x, e) q = Div(h, d) y = MatMul(q, g) }"),
+    "size that is read": ([4], "(float[N,6] x, float[6,4] f, float[4,5] g) => (float[N,5] y, int64[2] n)"
+        "{ h = MatMul(x, f) n = Shape(h) y = MatMul(h, g) }"),
     "attention by heads": ([3], "(float[N,4,6] x, float[6,36] w, float[12,5] o) => (float[N,4,5] y)"
         "<int64[5] split = {0,4,3,3,4}, int64[3] join = {0,4,12}, int64 zero = {0}, int64 one = {1}, int64 two = {2}>"
         "{ p = MatMul(x, w) s = Reshape(p, split) t = Transpose<perm=[2,0,3,1,4]>(s) q = Gather<axis=0>(t, zero)"
@@ -139,8 +141,6 @@ LOCKED = {
         "{ h = MatMul(x, f) s = Softmax(h) y = MatMul(s, g) }",
     "unknown operator": "(float[N,6] x, float[6,4] f, float[4,5] g) => (float[N,5] y)"
         "{ h = MatMul(x, f) s = Det(h) t = Add(h, s) y = MatMul(t, g) }",
-    "size that is read": "(float[N,6] x, float[6,4] f, float[4,5] g) => (float[N,5] y, int64[2] n)"
-        "{ h = MatMul(x, f) n = Shape(h) y = MatMul(h, g) }",
     "indexed by data": "(float[N,6] x, int64[2] i, float[6,4] f) => (float[N,2] y)"
         "{ h = MatMul(x, f) y = Gather<axis=1>(h, i) }",
 }  # fmt: skip
