@@ -62,18 +62,33 @@ def open_model(path: str | os.PathLike[str]) -> ir.Model:
     try:
         model = ir.from_proto(proto)
         external_data.set_base_dir(model.graph, str(file.parent))
-        for value in model.graph.initializers.values():
-            _unpack(value)
+        _unpack(model)
         return model
     except Exception as error:
         raise ModelError(f"{file}: can't be read as a graph: {_first_line(error)}") from error
 
 
-def _unpack(value: ir.Value) -> None:
-    """Makes a large inline initializer an array of its own: protobuf copies the bytes whenever it is asked for them."""
-    tensor = value.const_value
-    if isinstance(tensor, ir.TensorProtoTensor) and tensor.nbytes > SMALL and tensor.dtype in NATIVE:
-        value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
+def _unpack(model: ir.Model) -> None:
+    """Makes every initializer that should not stay where it is an array of its own.
+
+    Large inline ones, since protobuf copies the bytes whenever it is asked for them, and small external ones and those
+    inside subgraphs and attributes, which a session that is made from memory can't read.
+    """
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor, main = value.const_value, graph is model.graph
+            inline = isinstance(tensor, ir.TensorProtoTensor) and tensor.nbytes > SMALL and tensor.dtype in NATIVE
+            small = isinstance(tensor, ir.ExternalTensor) and (tensor.nbytes <= SMALL or not main)
+            if tensor is not None and (inline or small):
+                value.const_value = _own(tensor)
+        for node in graph:
+            for attribute in list(node.attributes.values()):
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    node.attributes[attribute.name] = ir.AttrTensor(attribute.name, _own(attribute.value))
+
+
+def _own(tensor: ir.TensorProtocol) -> ir.Tensor[Any]:
+    return ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
 
 
 def _parse(file: Path) -> onnx.ModelProto:
