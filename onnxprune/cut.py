@@ -27,7 +27,13 @@ class Cut:
 
     def axes(self, value: ir.Value | None) -> tuple[Vector, ...]:
         """The components along each axis of a value."""
-        return self.units.solution.axes(self.originals[value.name or ""]) if value is not None else ()
+        original = self.originals.get(value.name or "") if value is not None else None
+        return self.units.solution.axes(original) if original is not None else ()
+
+    def touches(self, node: ir.Node) -> bool:
+        """Whether anything is removed from what a node reads or makes."""
+        values = (*node.inputs, *node.outputs)
+        return any(v is not None and not self.alive[v].all() for value in values for v in self.axes(value))
 
     def is_kept(self, vector: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which positions of an axis survive."""
@@ -95,7 +101,7 @@ def cut(units: Units, alive: NDArray[np.bool_]) -> tuple[ir.Model, Plan]:
         originals.setdefault(value.name or "", value)
     state = Cut(units, model, alive, originals)
     for node in list(model.graph):
-        if (function := RESIZES.get(operator_name(node))) is not None:
+        if (function := RESIZES.get(operator_name(node))) is not None and state.touches(node):
             function(state, node)
     for value in model.graph.initializers.values():
         if value.name in originals and value.const_value is not None:
