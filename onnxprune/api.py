@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnx_ir.passes import common
 
 from onnxprune.cost import Cost
 from onnxprune.cut import cut
@@ -89,6 +90,7 @@ def prune(
         save_model(normal, Path(baseline))
     if plan is not None:
         write_json(Path(plan), done.to_json(digest(normal)))
+    common.DeduplicateInitializersPass()(pruned)
     save_model(pruned, Path(output))
     return result
 

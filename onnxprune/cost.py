@@ -1,6 +1,6 @@
 """What a model costs: multiply-accumulates (MACs), parameters and bytes.
 
-Convention for MACs: products of convolutions, matrix products and recurrent layers, nothing else.
+Convention for MACs: products of convolutions, matrix products, attention and recurrent layers, nothing else.
 
 Adds, normalisations and activations don't count; two walks over the same shapes give the same number.
 """
@@ -14,9 +14,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxprune.labels.flow import integer, text
+from onnxprune.labels.linear import einsum_axes
 from onnxprune.labels.recurrent import GATES
 from onnxprune.shapes import dynamic_sizes
-from onnxprune.units import Units
+from onnxprune.units import Units, is_parameter
 
 Alive = NDArray[np.bool_]
 Size = Callable[[ir.Value], tuple[int, ...] | None]
@@ -31,16 +33,44 @@ def node_macs(node: ir.Node, size: Size) -> int:
         return 0 if not (x and w and r) else x[0] * x[1] * (math.prod(w) + math.prod(r))
     if out is None or len(shapes) < 2 or shapes[0] is None or shapes[1] is None:
         return 0
-    if node.op_type in ("Conv", "FusedConv"):
+    if node.op_type in ("Conv", "FusedConv", "ConvInteger", "DeformConv"):
         return math.prod(out) * math.prod(shapes[1][1:])
     if node.op_type == "ConvTranspose":
         return math.prod(shapes[0]) * math.prod(shapes[1][1:])
-    if node.op_type in ("MatMul", "FusedMatMul"):
-        return math.prod(out) * shapes[0][-1]
-    if node.op_type == "Gemm":
+    if node.op_type in ("MatMul", "FusedMatMul", "MatMulInteger", "MatMulNBits"):
+        return math.prod(out) * shapes[0][-2 if integer(node, "transA", 0) else -1]
+    if node.op_type == "Einsum":
+        return _einsum_macs(node, [shape for shape in shapes if shape is not None])
+    if node.op_type in ("Attention", "MultiHeadAttention", "GroupQueryAttention"):
+        return _attention_macs(node, shapes, out)
+    if node.op_type in ("Gemm", "FusedGemm"):
         transposed = "transA" in node.attributes and node.attributes["transA"].as_int()
         return math.prod(out) * shapes[0][0 if transposed else 1]
     return 0
+
+
+def _einsum_macs(node: ir.Node, shapes: list[tuple[int, ...]]) -> int:
+    """One product for every index that any letter of the equation runs over."""
+    named = einsum_axes(text(node, "equation", ""), [len(shape) for shape in shapes])
+    if named is None:
+        return 0
+    sizes: dict[str, int] = {}
+    for letters, shape in zip(named[0], shapes, strict=True):
+        for letter, size in zip(letters, shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    return math.prod(sizes.values())
+
+
+def _attention_macs(node: ir.Node, shapes: list[tuple[int, ...] | None], out: tuple[int, ...]) -> int:
+    """Queries times keys and weights times values, without a cache; the packed form projects its input first."""
+    q, k = shapes[:2]
+    if q is None or k is None:
+        return 0
+    if node.op_type == "Attention" and node.domain:
+        return math.prod(q) * k[1] + q[0] * q[1] ** 2 * (k[1] - out[2])
+    if len(q) == 4:
+        return math.prod(q[:3]) * k[2] * (q[3] + out[3])
+    return q[0] * q[1] * k[1] * (q[2] + out[2])
 
 
 class Cost:
@@ -52,7 +82,7 @@ class Cost:
         self._concrete = solution.shapes.concrete
         self._nodes = list(units.model.graph)
         self._parameters = [
-            (value, value.dtype.bitwidth / 8, value.dtype.is_floating_point())
+            (value, value.dtype.bitwidth / 8, is_parameter(value))
             for value in units.model.graph.initializers.values()
             if value.dtype is not None
         ]
@@ -72,9 +102,9 @@ class Cost:
         return sum(node_macs(node, size) for node in self._nodes) // self._batch
 
     def params(self, alive: Alive) -> int:
-        """Floating-point numbers in the initializers, constants of a single number left out."""
+        """Floating-point numbers and quantised weights in the initializers."""
         size = self._sizes(alive)
-        return sum(math.prod(size(value) or (0,)) for value, _, floating in self._parameters if floating)
+        return sum(math.prod(size(value) or (0,)) for value, _, counted in self._parameters if counted)
 
     def bytes(self, alive: Alive) -> int:
         """Bytes of the initializers."""

@@ -15,6 +15,10 @@ from onnxprune.plan import Plan, Removal
 from onnxprune.shapes import add_initializer
 from onnxprune.units import Units
 
+SMALL_INTEGERS = {  # quantised: zero has a number of its own there, and the mask follows from what was quantised
+    *(ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.INT4, ir.DataType.UINT4),
+}
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -134,6 +138,8 @@ def _plan(units: Units, alive: NDArray[np.bool_]) -> Plan:
     tensors: dict[str, tuple[Removal, ...]] = {}
     for node in units.model.graph:
         for value in node.outputs:
+            if units.solution.shapes.element_type(value) in SMALL_INTEGERS:
+                continue
             removals = []
             shape = units.solution.shapes(value) or ()
             for axis, (vector, size) in enumerate(zip(units.solution.axes(value), shape, strict=True)):

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnxruntime import InferenceSession, SessionOptions
+from onnx import TypeProto, helper
+from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 
-from onnxprune.data import Dataset, batches, fixed_batch, load_function
+from onnxprune.data import Dataset, batches, fixed_batch, load_function, random_inputs
 from onnxprune.errors import DataError, ModelError, UsageError
 from onnxprune.model import open_session
+from onnxprune.shapes import Shapes, infer_shapes, replace_node
 
 Array = NDArray[Any]
 Batch = Mapping[str, Array]
 BATCH = 64
+TOLERANCE, STEPS = 1e-4, 3e-2
 
 
 def session_options(threads: int | None) -> SessionOptions:
@@ -29,15 +33,52 @@ def session_options(threads: int | None) -> SessionOptions:
     return options
 
 
+def unoptimised() -> SessionOptions:
+    """Options for a session that computes what the graph says, operator by operator."""
+    options = SessionOptions()
+    options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
 def run_model(model: ir.Model, inputs: Batch) -> list[Array]:
     """The outputs of one run. Raises `ModelError` when onnxruntime refuses or fails."""
     return run_session(open_session(model), inputs)
 
 
 def run_on_all(model: ir.Model, inputs: Sequence[Batch]) -> list[Array]:
-    """The outputs of a model on one set of inputs after the other."""
-    session = open_session(model)
+    """The outputs of a model on one set of inputs after the other, by the graph's own arithmetic: nothing is fused."""
+    session = open_session(model, unoptimised())
     return [array for each in inputs for array in run_session(session, each)]
+
+
+def all_shapes(model: ir.Model) -> Shapes:
+    """The shapes of every value of a model that runs: inferred, and where inference can't tell, observed."""
+    return infer_shapes(model, partial(_observed_types, model))
+
+
+def _observed_types(model: ir.Model, which: int, values: list[ir.Value]) -> dict[str, TypeProto]:
+    """The types of values when the model runs at the sizes of a shape walk.
+
+    Values whose shape depends on the data (it differs between two runs), and what isn't a tensor, are left out.
+    """
+    outputs = list(model.graph.outputs)
+    wanted = [value for value in values if value not in outputs]
+    try:
+        model.graph.outputs.extend(wanted)
+        session = open_session(model)
+    finally:
+        model.graph.outputs.clear()
+        model.graph.outputs.extend(outputs)
+    runs = []
+    for seed in (0, 1):
+        arrays = run_session(session, random_inputs(model, seed, batch=None, walk=which))[len(outputs) :]
+        runs.append({value.name or "": array for value, array in zip(wanted, arrays, strict=True)})
+    first, second = runs
+    return {
+        name: helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in first.items()
+        if isinstance(array, np.ndarray) and array.dtype.kind in "fiub" and array.shape == second[name].shape
+    }
 
 
 def run_session(session: InferenceSession, inputs: Batch) -> list[Array]:
@@ -63,6 +104,29 @@ def predict(model: ir.Model, data: Dataset, threads: int | None = None) -> list[
         outputs = run_session(session, batch)
         parts.append([a[:count] if fixed is not None and a.ndim and len(a) == fixed else a for a in outputs])
     return [np.concatenate(column) if column[0].ndim else np.stack(column) for column in zip(*parts, strict=True)]
+
+
+def without_rounding(model: ir.Model) -> ir.Model:
+    """The same model without the rounding of quantised activations, which turns tiny differences into steps.
+
+    What is quantised and dequantised again passes as it is; weights keep their rounding.
+    """
+    if not any(node.op_type == "QuantizeLinear" for node in model.graph):
+        return model
+    model = model.clone()
+    for node in list(model.graph):
+        source = node.inputs[0].producer() if node.op_type == "DequantizeLinear" and node.inputs[0] else None
+        if source is not None and source.op_type == "QuantizeLinear" and (value := source.inputs[0]) is not None:
+            replace_node(model, node, ir.node("Identity", [value], name=node.name))
+    return model
+
+
+def tolerance(model: ir.Model) -> float:
+    """How far two forms of a model may differ, relative to the largest output.
+
+    Far above float32 rounding and far below any mistake; a step or two where activations are quantised on the fly.
+    """
+    return STEPS if any(node.op_type == "DynamicQuantizeLinear" for node in model.graph) else TOLERANCE
 
 
 def relative_difference(expected: Array, found: Array) -> float:

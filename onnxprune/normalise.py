@@ -14,15 +14,25 @@ from onnx_ir.passes import common
 
 from onnxprune.data import random_inputs
 from onnxprune.errors import ModelError
-from onnxprune.evaluate import Array, relative_difference, run_model, run_on_all, run_session
+from onnxprune.evaluate import (
+    Array,
+    relative_difference,
+    run_model,
+    run_on_all,
+    run_session,
+    tolerance,
+    unoptimised,
+    without_rounding,
+)
 from onnxprune.model import give_back, open_session, weight_bytes, weights_aside
 from onnxprune.shapes import SCHEME_KEY, SCHEMES, add_initializer, dynamic_sizes, simplify_shape_arithmetic
+from onnxprune.unroll import unroll
 
 OLDEST_OPSET = 17  # LayerNormalization, and BatchNormalization as training knows it
 OLDEST_IR = 8  # from 4 on, initializers needn't be inputs
 NEVER_FOLDED = {"RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "SequenceConstruct", "SequenceAt"}
+UNSHARED = 256  # elements; larger matrices that several nodes read are tied weights
 MOST_FOLDED = 2**26  # bytes of a folded constant, unless the model's weights are larger anyway
-TOLERANCE = 1e-4  # relative; folding constants rounds differently, nothing else should
 
 
 def normalise(model: ir.Model) -> ir.Model:
@@ -38,14 +48,15 @@ def normalise(model: ir.Model) -> ir.Model:
     model = _convert_opset(model)
     _clean(model)
     _fold_constants(model)
+    model = unroll(model, _fold_constants)
     simplify_shape_arithmetic(model)
     _fold_constants(model)
     _clean(model)
     _unshare_initializers(model)
     _name_everything(model)
-    found = run_on_all(model, walks)
+    found = run_on_all(without_rounding(model), walks)
     worst = max((relative_difference(a, b) for a, b in zip(expected, found, strict=True)), default=0.0)
-    if not worst <= TOLERANCE:
+    if not worst <= tolerance(model):
         raise ModelError(f"normalising changed what the model computes (relative difference {worst:.1e}); not pruned")
     return model
 
@@ -56,7 +67,7 @@ def _choose_sizes(model: ir.Model) -> tuple[list[dict[str, Array]], list[Array]]
     Returns the inputs of both shape walks, and what the model computes from them. Raises `ModelError` with
     onnxruntime's reason when it runs at no sizes.
     """
-    session, reason = open_session(model), ModelError("")
+    session, reason = open_session(without_rounding(model), unoptimised()), ModelError("")
     for index in range(len(SCHEMES) if dynamic_sizes(model, 0) else 1):
         model.metadata_props[SCHEME_KEY] = str(index)
         walks = [random_inputs(model, seed=0, batch=None, walk=walk) for walk in (0, 1)]
@@ -164,10 +175,15 @@ def _evaluate(model: ir.Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> 
 
 
 def _unshare_initializers(model: ir.Model) -> None:
-    """Gives every use of an initializer its own copy: two consumers may need different channels of it."""
+    """Gives every use of a small initializer its own copy: exporters store equal vectors once, for unrelated layers.
+
+    Large ones are shared on purpose (tied weights, unrolled loops) and stay so.
+    """
     for value in list(model.graph.initializers.values()):
+        if value.const_value is None or (len(value.const_value.shape) > 1 and value.const_value.size > UNSHARED):
+            continue
         for index, (node, position) in enumerate(list(value.uses())):
-            if index and node.graph is model.graph and value.const_value is not None:
+            if index and node.graph is model.graph:
                 name = f"{value.name}.{index}"
                 copy = ir.Value(name=name, shape=value.shape, type=value.type, const_value=value.const_value)
                 while copy.name in model.graph.initializers:

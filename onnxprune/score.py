@@ -12,13 +12,18 @@ from numpy.typing import NDArray
 from onnxprune.cost import Cost
 from onnxprune.errors import ModelError
 from onnxprune.model import constant
-from onnxprune.units import Group, Units, weight_matrix
+from onnxprune.units import Group, Units, is_parameter, weight_matrix
 
 Scores = NDArray[np.float64]
 Scope = Literal["layer", "global", "isomorphic"]
 
+PASSING = ("DequantizeLinear", "Cast", "Transpose")
 CHUNK = 2**21  # weights that are held in float64 at a time
-WEIGHTED = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": None, "RNN": 1, "GRU": 1, "LSTM": 1, "Gather": 0}
+WEIGHTED = {  # operator -> the input that is a weight; None: any of them
+    "Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": None, "RNN": 1, "GRU": 1, "LSTM": 1, "Gather": 0,
+    "Einsum": None, "FusedConv": 1, "FusedGemm": 1, "FusedMatMul": None, "DeformConv": 1, "Attention": 1, "MatMulInteger": 1,
+    "ConvInteger": 1, "MatMulNBits": 2,
+}  # fmt: skip
 
 
 def score_units(units: Units, criterion: str = "l2", seed: int = 0) -> Scores:
@@ -75,7 +80,8 @@ def _slice_scores(slice_score: Callable[[Slices], Scores], array: NDArray[Any], 
     slices = np.moveaxis(array, axis, 0)
     step = max(1, CHUNK // max(1, array.size // len(slices)))
     parts = [slices[i : i + step] for i in range(0, len(slices), step)]
-    return np.concatenate([slice_score(part.reshape(len(part), -1).astype(np.float64)) for part in parts])
+    middle = 128 if array.dtype == np.uint8 else 0  # about what zero is stored as
+    return np.concatenate([slice_score(part.reshape(len(part), -1).astype(np.float64) - middle) for part in parts])
 
 
 def _bn(units: Units, seed: int) -> Scores:
@@ -109,7 +115,10 @@ CRITERIA: dict[str, Callable[[Units, int], Scores]] = {
 
 
 def weight_values(model: ir.Model) -> Iterator[ir.Value]:
-    """The initializers that activations are multiplied with, biases and normalisation parameters left out."""
+    """The initializers that activations are multiplied with, biases and normalisation parameters left out.
+
+    Quantised weights count as the integers that they are stored as; packed ones are represented by their scales.
+    """
     for node in model.graph:
         if node.op_type in WEIGHTED:
             at = WEIGHTED[node.op_type]
@@ -119,13 +128,19 @@ def weight_values(model: ir.Model) -> Iterator[ir.Value]:
                 else node.inputs[at : at + (2 if node.op_type in ("GRU", "LSTM", "RNN") else 1)]
             )
             for value in wanted:
-                if (
-                    value is not None
-                    and value.is_initializer()
-                    and value.dtype is not None
-                    and value.dtype.is_floating_point()
-                ):
-                    yield value
+                source = stored(value)
+                if source is not None and is_parameter(source):
+                    yield source
+
+
+def stored(value: ir.Value | None) -> ir.Value | None:
+    """The initializer behind an operand: itself, or what is dequantised, cast or transposed to it."""
+    while value is not None and not value.is_initializer():
+        node = value.producer()
+        value = (
+            node.inputs[0] if node is not None and node.op_type in ("DequantizeLinear", "Cast", "Transpose") else None
+        )
+    return value
 
 
 Origin = dict[str, tuple[int, float]]  # group -> units in the uncut model, and the factor of its scores

@@ -7,7 +7,7 @@ the two walks is fixed; what differs follows a dynamic dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,15 @@ SCHEMES = (  # (do dynamic dimensions differ from each other?, times OTHER_SIZES
     *((True, 1.0), (True, 1 / 8), (False, 1.0), (False, 1 / 8)),
     *((True, 1 / 16), (False, 1 / 16), (True, 2.0), (False, 2.0)),
 )
+CONTRIB = "com.microsoft"
+LIKE_FIRST = {  # operators of onnxruntime, and which of their outputs have the shape of the first input
+    **dict.fromkeys(("BiasGelu", "FastGelu", "QuickGelu", "Gelu", "RotaryEmbedding", "GroupQueryAttention"), (0,)),
+    **dict.fromkeys(("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), (0, 3)),
+}
+TWINS = {  # operators of onnxruntime that are, for their first inputs, operators of ONNX
+    "FusedConv": ("Conv", 3), "FusedGemm": ("Gemm", 3), "FusedMatMul": ("MatMul", 2),
+    "QuantizeLinear": ("QuantizeLinear", 3), "DequantizeLinear": ("DequantizeLinear", 3),
+}  # fmt: skip
 SCHEME_KEY = "onnxprune.sizes"  # in the metadata of a normalised model: the index of the scheme that it runs with
 
 
@@ -82,10 +91,13 @@ def input_shape(value: ir.Value, sizes: dict[str, int]) -> tuple[int, ...]:
     return tuple(dim if isinstance(dim, int) else sizes[dim_name(value, axis)] for axis, dim in enumerate(shape))
 
 
-def trace(model: ir.Model, which: int) -> Trace:
-    """Walks the graph with the sizes of walk `which` and infers every value's concrete shape and small contents."""
+def trace(model: ir.Model, which: int, known: Mapping[str, TypeProto] | None = None) -> Trace:
+    """Walks the graph with the sizes of walk `which` and infers every value's concrete shape and small contents.
+
+    Types that are `known` already aren't inferred.
+    """
     sizes = dynamic_sizes(model, which)
-    walk = Trace({}, {})
+    walk = Trace(dict(known or {}), {})
     for value in model.graph.inputs:
         if value.dtype is not None and value.shape is not None:
             walk.types[value.name or ""] = helper.make_tensor_type_proto(int(value.dtype), input_shape(value, sizes))
@@ -116,7 +128,7 @@ def _infer(node: onnx.NodeProto, walk: Trace, opsets: list[onnx.OperatorSetIdPro
         walk.types[name] = helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
         if array.size <= SMALL:
             walk.contents[name] = array
-    if outputs or not all(name in walk.types for name in inputs):
+    if outputs or not all(name in walk.types for name in inputs) or all(name in walk.types for name in node.output):
         return
     _infer_types(node, walk, opsets)
 
@@ -144,6 +156,38 @@ def evaluate_node(
 
 
 def _infer_types(node: onnx.NodeProto, walk: Trace, opsets: list[onnx.OperatorSetIdProto]) -> None:
+    if node.domain == CONTRIB:
+        return _infer_contrib(node, walk, opsets)
+    _infer_by_schema(node, walk, opsets)
+
+
+def _infer_contrib(node: onnx.NodeProto, walk: Trace, opsets: list[onnx.OperatorSetIdProto]) -> None:
+    """The shapes of onnxruntime's own operators, which onnx has no schema of."""
+    first = walk.types[node.input[0]]
+    ints = {attribute.name: attribute.i for attribute in node.attribute}
+    if node.op_type in LIKE_FIRST and (node.op_type != "GroupQueryAttention" or node.input[1]):
+        for index in LIKE_FIRST[node.op_type]:
+            if index < len(node.output) and node.output[index]:
+                walk.types[node.output[index]] = first
+    elif node.op_type == "MatMulNBits" and (shape := walk.shape(node.input[0])) is not None:
+        walk.types[node.output[0]] = helper.make_tensor_type_proto(
+            first.tensor_type.elem_type, (*shape[:-1], ints["N"])
+        )
+    elif node.op_type in TWINS and not any(
+        ints.get(name) for name in ("transA", "transB") if node.op_type == "FusedMatMul"
+    ):
+        twin = onnx.NodeProto()
+        twin.CopyFrom(node)
+        twin.domain, twin.op_type = "", TWINS[node.op_type][0]
+        del twin.input[TWINS[node.op_type][1] :]
+        known = {attribute.name for attribute in node.attribute} & set(onnx.defs.get_schema(twin.op_type).attributes)
+        kept = [attribute for attribute in twin.attribute if attribute.name in known]
+        del twin.attribute[:]
+        twin.attribute.extend(kept)
+        _infer_by_schema(twin, walk, opsets)
+
+
+def _infer_by_schema(node: onnx.NodeProto, walk: Trace, opsets: list[onnx.OperatorSetIdProto]) -> None:
     version = next((entry.version for entry in opsets if entry.domain == node.domain), 0)
     inputs = [name for name in node.input if name]
     try:
@@ -190,16 +234,29 @@ class Shapes:
         tensor = value.const_value if value.is_initializer() else None
         return tuple(tensor.shape.numpy()) if tensor is not None else self.first.shape(value.name or "")
 
+    def element_type(self, value: ir.Value) -> ir.DataType | None:
+        """The element type of a computed value, or None when it isn't known."""
+        found = self.first.types.get(value.name or "")
+        return ir.DataType(found.tensor_type.elem_type) if found is not None else None
+
     def contents(self, value: ir.Value) -> tuple[NDArray[Any], NDArray[Any]] | None:
         """What a small computed value holds in either walk, or None when it isn't a constant there."""
         a, b = (walk.contents.get(value.name or "") for walk in (self.first, self.second))
         return None if a is None or b is None or a.shape != b.shape else (a, b)
 
 
-def infer_shapes(model: ir.Model) -> Shapes:
-    """The shapes of every value of a model."""
-    first = trace(model, 0)
-    return Shapes(first, trace(model, 1) if dynamic_sizes(model, 0) else first)
+Runner = Callable[[int, list[ir.Value]], dict[str, TypeProto]]  # the types of values in a walk, by running the model
+
+
+def infer_shapes(model: ir.Model, run: Runner | None = None) -> Shapes:
+    """The shapes of every value of a model: inferred, and where inference can't tell, seen in a `run`."""
+    walks = [trace(model, which) for which in ((0, 1) if dynamic_sizes(model, 0) else (0,))]
+    if run is not None:
+        made = [value for node in model.graph for value in node.outputs if value.uses()]
+        for which, walk in enumerate(walks):
+            if unknown := [value for value in made if walk.shape(value.name or "") is None]:
+                walks[which] = trace(model, which, run(which, unknown))
+    return Shapes(walks[0], walks[-1])
 
 
 def simplify_shape_arithmetic(model: ir.Model) -> None:

@@ -43,10 +43,10 @@ class Units:
 
     @cached_property
     def parameters(self) -> list[tuple[ir.Value, int, NDArray[np.int64]]]:
-        """(initializer, axis, components along it) for every axis of a floating-point parameter that can be cut."""
+        """(initializer, axis, components along it) for every axis of a parameter that can be cut."""
         found = []
         for value in self.model.graph.initializers.values():
-            if value in self.solution.flow.axes and value.dtype is not None and value.dtype.is_floating_point():
+            if value in self.solution.flow.axes and is_parameter(value):
                 for axis, vector in enumerate(self.solution.axes(value)):
                     if vector is not None:
                         found.append((value, axis, vector))
@@ -149,6 +149,16 @@ def prunable(model: ir.Model, name: str, granularity: Granularity = "auto") -> U
             "'onnxprune inspect' lists what is locked and why"
         )
     return units
+
+
+QUANTISED = {"DequantizeLinear": (0,), "MatMulInteger": (0, 1), "ConvInteger": (0, 1), "MatMulNBits": (1,)}
+
+
+def is_parameter(value: ir.Value) -> bool:
+    """Whether an initializer holds floating-point numbers or quantised weights."""
+    if value.dtype is None or value.dtype.is_floating_point():
+        return value.dtype is not None
+    return any(position in QUANTISED.get(node.op_type, ()) for node, position in value.uses())
 
 
 def weight_matrix(value: ir.Value) -> NDArray[np.float64]:

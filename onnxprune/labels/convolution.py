@@ -70,9 +70,9 @@ def _channels_out(flow: Flow, x: Vector, w0: Vector, w1: Vector, groups: int, si
 
 
 def _finish(flow: Flow, node: ir.Node, x: tuple[Vector, ...], out: Vector) -> None:
-    if (bias := given(node, 2)) is not None:
+    if (bias := given(node, 2)) is not None and node.op_type != "ConvInteger":
         flow.tie(flow.of(bias)[0] if flow.of(bias) else None, out)
-    if (added := given(node, 3)) is not None:
+    if (added := given(node, 3)) is not None and node.op_type == "FusedConv":
         flow.tie(flow.of(added)[1], out)
     flow.give(node.outputs[0], (None, out) + (None,) * (len(x) - 2))
 
@@ -108,7 +108,7 @@ def sample(flow: Flow, node: ir.Node) -> None:
     flow.give(node.outputs[0], (None, x[1]) + (None,) * (len(x) - 2))
 
 
-@resize("Conv", "ConvTranspose", "com.microsoft::FusedConv")
+@resize("Conv", "ConvTranspose", "ConvInteger", "com.microsoft::FusedConv")
 def resize_group(cut: Cut, node: ir.Node) -> None:
     """The number of groups follows from the channels that are left."""
     if (groups := integer(node, "group", 1)) > 1:

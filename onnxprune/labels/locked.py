@@ -19,7 +19,7 @@ REASONS = {
         SequenceErase SequenceInsert SequenceLength SplitToSequence
     """,
     "it computes in integers; models quantised as QuantizeLinear/DequantizeLinear pairs can be cut": """
-        ConvInteger DynamicQuantizeLinear MatMulInteger QLinearConv QLinearMatMul
+        QLinearConv QLinearMatMul
     """,
     "classes stay": "NegativeLogLikelihoodLoss SoftmaxCrossEntropyLoss",
     "it reads strings or files": """

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from onnxprune.labels.convolution import conv
 from onnxprune.labels.flow import Flow, given, integer, resize, rule
-from onnxprune.labels.linear import lock_operands
+from onnxprune.labels.linear import lock_operands, matmul
 
 if TYPE_CHECKING:
     from onnxprune.cut import Cut
@@ -35,6 +36,26 @@ def quantize(flow: Flow, node: ir.Node) -> None:
         else:
             flow.of(value)
     flow.give(node.outputs[0], x)
+
+
+@rule("DynamicQuantizeLinear")
+def quantize_by_range(flow: Flow, node: ir.Node) -> None:
+    """`x -> y, scale, zero` of the same shape: exact, since the range includes zero, and so what is masked."""
+    flow.give(node.outputs[0], flow.of(node.inputs[0]))
+
+
+@rule("MatMulInteger", "ConvInteger")
+def integer_product(flow: Flow, node: ir.Node) -> None:
+    """`x, w, zero of x, zeros of w[o] -> y[...,o,...]`, otherwise as MatMul and Conv."""
+    source = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if source is None or source.op_type not in ("QuantizeLinear", "DynamicQuantizeLinear"):
+        return lock_operands(flow, node, "it is an integer whose zero is a number of its own")
+    (matmul if node.op_type == "MatMulInteger" else conv)(flow, node)
+    out = flow.axes.get(node.outputs[0], (None,) * 4)[-1 if node.op_type == "MatMulInteger" else 1]
+    for value in node.inputs[2:]:
+        for vector, size in zip(flow.of(value), flow.shape(value) or (), strict=True):
+            if size != 1:
+                flow.tie(vector, out)
 
 
 @rule("com.microsoft::MatMulNBits")

@@ -37,6 +37,7 @@ def reshape(flow: Flow, node: ir.Node) -> None:
     if pairs is None or before is None or after is None or 0 in before:
         return flow.lock_all(x, "the target of this reshape can't be followed")
     named = target(node) if node.op_type == "Reshape" else [-1] * len(after)
+    named = named if named is not None and len(named) == len(after) else None
     result: list[Vector] = [None] * len(after)
     for sources, targets in pairs:
         vectors = [x[axis] for axis in sources]
@@ -141,7 +142,7 @@ def resize_target(cut: Cut, node: ir.Node) -> None:
 def resize_named(cut: Cut, node: ir.Node, stay: tuple[int, ...]) -> None:
     """Corrects the sizes, other than those that `stay`, that a target names, be it constant or joined from parts."""
     named, out = target(node), node.outputs[0]
-    if named is None:
+    if named is None or (node.op_type == "Reshape" and len(named) != len(cut.axes(out))):
         return
     lead = len(cut.axes(out)) - len(named) if cut.axes(out) else 0
     new = [d if d is None or d in stay else cut.size(out, axis + lead, d) for axis, d in enumerate(named)]

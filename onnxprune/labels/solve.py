@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from onnxprune.evaluate import all_shapes
 from onnxprune.labels.flow import RULES, Flow, Lock, Rectangle, Vector, operator_name
 from onnxprune.labels.locked import LOCKED
-from onnxprune.shapes import Shapes, infer_shapes
+from onnxprune.shapes import Shapes
 
 Granularity = Literal["rows", "columns", "auto"]
 
@@ -51,7 +52,7 @@ def analyse(model: ir.Model, granularity: Granularity = "auto", shapes: Shapes |
     `granularity` says along which axis tensors with two axes of channels are cut: "rows" (whole heads, whole groups),
     "columns" (the same entry of every head or group), or "auto": heads by rows, groups by columns.
     """
-    flow = Flow(model, shapes or infer_shapes(model))
+    flow = Flow(model, shapes or all_shapes(model))
     for node in model.graph:
         flow.node = node
         _apply_rule(flow, node)
