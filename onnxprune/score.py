@@ -21,8 +21,8 @@ PASSING = ("DequantizeLinear", "Cast", "Transpose")
 CHUNK = 2**21  # weights that are held in float64 at a time
 WEIGHTED = {  # operator -> the input that is a weight; None: any of them
     "Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": None, "RNN": 1, "GRU": 1, "LSTM": 1, "Gather": 0,
-    "Einsum": None, "FusedConv": 1, "FusedGemm": 1, "FusedMatMul": None, "DeformConv": 1, "Attention": 1, "MatMulInteger": 1,
-    "ConvInteger": 1, "MatMulNBits": 2,
+    "Einsum": None, "FusedConv": 1, "FusedGemm": 1, "FusedMatMul": None, "DeformConv": 1, "Attention": 1,
+    "MatMulInteger": 1, "ConvInteger": 1, "MatMulNBits": 2,
 }  # fmt: skip
 
 

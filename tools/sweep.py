@@ -67,7 +67,8 @@ def sweep_one(path: Path, ratio: float) -> dict[str, Any]:
         oracle = mask_oracle(open_model(baseline), open_model(out), load_plan(plan), SEEDS)
         row = {
             "seconds": round(seconds, 2), "peak_bytes": peak, "params": done.params, "macs": done.macs,
-            "exact": done.plan.exact, "difference": oracle.difference, "inexact_nodes": len(done.plan.inexact_nodes),
+            "exact": done.plan.exact, "comparable": oracle.comparable, "difference": oracle.difference,
+            "inexact_nodes": len(done.plan.inexact_nodes), "open_nodes": len(oracle.open_nodes),
         }  # fmt: skip
         if done.params[1] > HALF * done.params[0]:
             found = inspect(baseline)
@@ -94,7 +95,7 @@ def verdict(row: dict[str, Any]) -> str:
     """What a row amounts to, in a word or two."""
     if "error" in row:
         return "failed"
-    if row["exact"] and not row["difference"] <= TOLERANCE:
+    if row["comparable"] and not row["difference"] <= TOLERANCE:
         return "differs"
     return "half" if row["params"][1] <= HALF * row["params"][0] else "less than half"
 
@@ -104,7 +105,7 @@ def line_of(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['name']:42s} FAILED {row['error']}"
     left = [100 * row[name][1] / max(row[name][0], 1) for name in ("params", "macs")]
-    kind = "exact" if row["exact"] else "inexact"
+    kind = "exact" if row["exact"] else "means" if row["comparable"] else "inexact"
     tail = "; ".join(f"{count}x {reason}" for reason, count in row.get("locks", []))
     return (
         f"{row['name']:42s} {row['seconds']:7.1f} s  params {left[0]:5.1f} %  MACs {left[1]:5.1f} %  {kind:7s} "

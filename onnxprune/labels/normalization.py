@@ -138,8 +138,8 @@ def along_axis(flow: Flow, node: ir.Node) -> None:
     flow.give(node.outputs[0], [None if i == axis else vector for i, vector in enumerate(x)])
 
 
-EXACT = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2")
-MIXING = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceLogSum", "ReduceLogSumExp")
+EXACT = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum")
+MIXING = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceLogSumExp")
 LOCKING = ("ReduceProd", "ArgMax", "ArgMin")
 
 
