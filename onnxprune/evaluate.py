@@ -116,7 +116,8 @@ def without_rounding(model: ir.Model) -> ir.Model:
     model = model.clone()
     for node in list(model.graph):
         source = node.inputs[0].producer() if node.op_type == "DequantizeLinear" and node.inputs[0] else None
-        if source is not None and source.op_type == "QuantizeLinear" and (value := source.inputs[0]) is not None:
+        value = source.inputs[0] if source is not None and source.op_type == "QuantizeLinear" else None
+        if value is not None and not value.is_initializer() and (value.producer() or node).op_type != "Constant":
             replace_node(model, node, ir.node("Identity", [value], name=node.name))
     return model
 

@@ -59,6 +59,12 @@ def open_model(path: str | os.PathLike[str]) -> ir.Model:
     if proto.graph.sparse_initializer:
         names = [tensor.values.name for tensor in proto.graph.sparse_initializer]
         raise ModelError(f"{file}: initializer {names[0]!r} is sparse, which can't be pruned; export it as dense")
+    maps = [value.name for value in proto.graph.output if "map_type" in str(value.type)]
+    if maps:
+        raise ModelError(
+            f"{file}: output {maps[0]!r} is a map, which isn't a tensor; export scikit-learn models with "
+            "options={'zipmap': False}"
+        )
     try:
         model = ir.from_proto(proto)
         external_data.set_base_dir(model.graph, str(file.parent))
