@@ -126,7 +126,8 @@ class Builder:
             value = self.add("Sub", value, self.add("Div", self.sum(value, axes), count))
         value = self.add("Where", mask, value, 0.0)
         variance = self.add("Div", self.sum(self.add("Mul", value, value), axes), count)
-        epsilon = self.node.attributes["epsilon"].as_float() if "epsilon" in self.node.attributes else 1e-5
+        default = 1e-12 if self.node.op_type.startswith("Skip") else 1e-5
+        epsilon = self.node.attributes["epsilon"].as_float() if "epsilon" in self.node.attributes else default
         return self.add("Div", value, self.add("Sqrt", self.add("Add", variance, epsilon)))
 
     def affine(self, value: ir.Value, *parameters: int, lead: int = 0) -> ir.Value:

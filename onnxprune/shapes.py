@@ -32,6 +32,7 @@ SCHEMES = (  # (do dynamic dimensions differ from each other?, times OTHER_SIZES
 CONTRIB = "com.microsoft"
 LIKE_FIRST = {  # operators of onnxruntime, and which of their outputs have the shape of the first input
     **dict.fromkeys(("BiasGelu", "FastGelu", "QuickGelu", "Gelu", "RotaryEmbedding", "GroupQueryAttention"), (0,)),
+    "SimplifiedLayerNormalization": (0,),
     **dict.fromkeys(("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), (0, 3)),
 }
 TWINS = {  # operators of onnxruntime that are, for their first inputs, operators of ONNX
@@ -156,7 +157,7 @@ def evaluate_node(
 
 
 def _infer_types(node: onnx.NodeProto, walk: Trace, opsets: list[onnx.OperatorSetIdProto]) -> None:
-    if node.domain == CONTRIB:
+    if node.domain == CONTRIB or node.op_type == "SimplifiedLayerNormalization":
         return _infer_contrib(node, walk, opsets)
     _infer_by_schema(node, walk, opsets)
 

@@ -25,8 +25,9 @@ def proto(text: str, inputs: tuple[str, ...] = ("x",), opset: int = 21, seed: in
         tensor = value.type.tensor_type
         shape = [dim.dim_value for dim in tensor.shape.dim]
         dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-        array = rng.standard_normal(shape).astype(dtype)
-        if "var" in value.name:
+        scale = 1 if tensor.elem_type == onnx.TensorProto.FLOAT else 20
+        array = (scale * rng.standard_normal(shape)).astype(dtype)
+        if "var" in value.name or value.name == "ws":
             array = np.abs(array) + 0.5
         model.graph.initializer.append(numpy_helper.from_array(array, value.name))
         model.graph.input.remove(value)
@@ -48,7 +49,7 @@ def random_cut(units: Units, rng: np.random.Generator, share: float = 0.5) -> np
     return alive
 
 
-def check_oracle(model: ir.Model, seeds: int = 3, granularity: str = "auto", tolerance: float = 1e-5) -> Units:
+def check_oracle(model: ir.Model, seeds: int = 3, granularity: str = "auto", tolerance: float = 2e-5) -> Units:
     """Prunes at random several times; every exact cut must equal the masked model, every cut must run."""
     units = find_units(analyse(model, granularity))  # type: ignore[arg-type]
     for seed in range(seeds):
@@ -56,6 +57,6 @@ def check_oracle(model: ir.Model, seeds: int = 3, granularity: str = "auto", tol
         pruned, plan = cut(units, alive)
         result = mask_oracle(model, pruned, plan, seeds=(seed, seed + 100))
         assert np.isfinite(result.difference)
-        if plan.exact:
+        if result.comparable:
             assert result.difference <= tolerance, f"differs by {result.difference:.1e}"
     return units

@@ -60,7 +60,7 @@ def resize_groups(cut: Cut, node: ir.Node) -> None:
         node.attributes["num_groups"] = ir.AttrInt64("num_groups", kept)
 
 
-@rule("LayerNormalization", "RMSNormalization", "com.microsoft::SimplifiedLayerNormalization")
+@rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 def layer_norm(flow: Flow, node: ir.Node) -> None:
     """`x[*b,*n], scale[*n], bias[*n] -> y[*b,*n]`: mixes the axes n, so a cut there is inexact."""
     x = flow.of(node.inputs[0])
