@@ -1,7 +1,8 @@
 """onnxprune makes trained ONNX models smaller and faster.
 
 The public names: `run` does everything; `prune` cuts once by weights; `inspect` says what could be cut and why the rest
-can't; `bench` times models against each other. Everything raised on purpose is an `OnnxPruneError`.
+can't; `apply` repeats a cut on other weights; `verify` checks one; `bench` times models against each other. Everything
+raised on purpose is an `OnnxPruneError`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from onnxprune.errors import (
 )
 
 if TYPE_CHECKING:
-    from onnxprune.api import Inspection, PruneResult, inspect, prune
+    from onnxprune.api import Inspection, PruneResult, Verification, apply, inspect, prune, verify
     from onnxprune.bench import BenchResult
     from onnxprune.bench import bench_models as bench
     from onnxprune.data import ImageOptions
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _HOMES = {  # imported when first used: the training worker must not load the user's onnxruntime
     "Inspection": "api", "PruneResult": "api", "inspect": "api", "prune": "api",
+    "apply": "api", "verify": "api", "Verification": "api",
     "BenchResult": "bench", "bench": "bench", "ImageOptions": "data", "RunOptions": "options", "run": "pipeline",
     "Plan": "plan", "Report": "report",
 }  # fmt: skip
@@ -47,10 +49,13 @@ __all__ = [
     "TargetError",
     "TrainingError",
     "UsageError",
+    "Verification",
+    "apply",
     "bench",
     "inspect",
     "prune",
     "run",
+    "verify",
 ]
 
 

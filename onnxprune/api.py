@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import onnx_ir as ir
 from onnx_ir.passes import common
 
-from onnxprune.cost import Cost
+from onnxprune.cost import Alive, Cost
 from onnxprune.cut import cut
-from onnxprune.errors import UsageError
-from onnxprune.files import check_writable, write_json
+from onnxprune.errors import ModelError, UsageError
+from onnxprune.evaluate import tolerance
+from onnxprune.files import check_writable, sha256, write_json
 from onnxprune.labels import analyse
+from onnxprune.labels.convolution import SPACE
 from onnxprune.labels.solve import Granularity
-from onnxprune.model import digest, open_model, save_model
+from onnxprune.layers import choose_layers, drop_layers, find_layers, weight_scores
+from onnxprune.model import digest, external_files, open_model, save_model
 from onnxprune.normalise import normalise
-from onnxprune.plan import Plan
+from onnxprune.plan import Plan, load_plan
 from onnxprune.score import Scope, normalise_scores, score_units
 from onnxprune.select import Rounding, keep_best, round_up, survivors_by_share
 from onnxprune.units import Units, find_units, prunable
-from onnxprune.verify import check_cut
+from onnxprune.verify import check_cut, mask_oracle
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What one cut did: costs before and after, and the plan."""
+    """What one cut did: costs before and after, the plan, and whether the result was equal to the masked baseline.
+
+    `compared` is False where nodes mix what was cut with what is left in a way that a mask can't show.
+    """
 
     macs: tuple[int, int]
     params: tuple[int, int]
     plan: Plan
     output: str
+    compared: bool
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON; the plan itself is in its own file."""
@@ -44,6 +54,7 @@ class PruneResult:
             "output": self.output,
             "exact": self.plan.exact,
             "inexact_nodes": list(self.plan.inexact_nodes),
+            "compared": self.compared,
         }
 
 
@@ -56,36 +67,71 @@ def prune(
     scope: Scope = "layer",
     round_to: int | None = 1,
     granularity: Granularity = "auto",
+    kinds: Sequence[str] = (),
+    layers: int | Literal["auto"] | None = None,
     seed: int = 0,
     plan: str | os.PathLike[str] | None = None,
     baseline: str | os.PathLike[str] | None = None,
 ) -> PruneResult:
     """One cut by weights alone: removes `ratio` of each group's units, or of all of them under scope "global".
 
-    `round_to` rounds widths up to a multiple (None: what convolutions like). Writes the pruned model to `output`, the
-    plan to `plan` and the normalised model whose value names the plan uses to `baseline`. The result has been run in
-    onnxruntime and, where exact, compared with the mask oracle. Raises subclasses of `OnnxPruneError`.
+    `round_to` rounds widths up to a multiple (None: what convolutions like). `kinds` restricts the cut to some kinds of
+    groups. `layers` residual layers, those of the smallest weights, are dropped first; with a ratio of 0 nothing else
+    goes. Writes the pruned model to `output`, the plan to `plan` and the normalised model whose value names the plan
+    uses to `baseline`. The result has been run in onnxruntime and compared with the mask oracle. Raises subclasses of
+    `OnnxPruneError`.
     """
-    if not 0 < ratio < 1:
+    if not 0 <= ratio < 1 or (ratio == 0 and layers is None):
         raise UsageError(f"--ratio {ratio:g}: give the share of units to remove, between 0 and 1")
-    paths = [Path(p) for p in (output, plan, baseline) if p is not None]
-    for path in paths:
-        check_writable(path)
-        if path.exists() and Path(model).exists() and path.samefile(model):
-            raise UsageError(f"the output {path} is the input; choose another")
+    _check_outputs(model, [output, plan, baseline])
     normal = normalise(open_model(model))
-    units = prunable(normal, str(model), granularity)
+    thinner, dropped = _without_layers(normal, layers)
+    units = prunable(thinner, str(model), granularity, kinds)
     scores = normalise_scores(units, score_units(units, criterion, seed), scope)
     if scope == "layer":
         alive = survivors_by_share(units, scores, ratio, Rounding(round_to))
     else:
         alive = _share_of_all(units, scores, ratio, Rounding(round_to))
-    cost, everything = Cost(units), np.ones(units.count, bool)
-    pruned, done = cut(units, alive)
-    check_cut(normal, pruned, done)
-    result = PruneResult(
-        (cost.macs(everything), cost.macs(alive)), (cost.params(everything), cost.params(alive)), done, str(output)
-    )
+    pruned, cut_plan = cut(units, alive)
+    return _finish(normal, pruned, dropped.then(cut_plan), (units, alive), output, plan, baseline)
+
+
+def _without_layers(model: ir.Model, layers: int | Literal["auto"] | None) -> tuple[ir.Model, Plan]:
+    if layers is None:
+        return model, Plan({})
+    found = find_layers(model)
+    scores = weight_scores(found)
+    if layers == "auto":  # those that stand out as small
+        layers = int((np.array(scores) < np.mean(scores or [0]) - np.std(scores or [0])).sum())
+    return drop_layers(model, [layer.name for layer in choose_layers(found, scores, layers)])
+
+
+def _check_outputs(model: str | os.PathLike[str], paths: Sequence[str | os.PathLike[str] | None]) -> None:
+    """Raises `UsageError` for an output that can't be written, or that is a part of the input."""
+    source = Path(model)
+    parts = {source.resolve(), *(external_files(source) if source.is_file() else ())}
+    for path in [Path(p) for p in paths if p is not None]:
+        check_writable(path)
+        if parts & {path.resolve(), path.with_name(f"{path.name}.data").resolve()}:
+            raise UsageError(f"the output {path} is the input; choose another")
+
+
+def _finish(
+    normal: ir.Model,
+    pruned: ir.Model,
+    done: Plan,
+    cut_of: tuple[Units, Alive],
+    output: str | os.PathLike[str],
+    plan: str | os.PathLike[str] | None,
+    baseline: str | os.PathLike[str] | None,
+) -> PruneResult:
+    """Checks a cut and writes what was asked for."""
+    checked = check_cut(normal, pruned, done)
+    units, alive = cut_of
+    whole = find_units(analyse(normal)) if done.layers else units
+    everything, before, after = np.ones(whole.count, bool), Cost(whole), Cost(units)
+    macs, params = (before.macs(everything), after.macs(alive)), (before.params(everything), after.params(alive))
+    result = PruneResult(macs, params, done, str(output), checked.comparable)
     if baseline is not None:
         save_model(normal, Path(baseline))
     if plan is not None:
@@ -93,6 +139,96 @@ def prune(
     common.DeduplicateInitializersPass()(pruned)
     save_model(pruned, Path(output))
     return result
+
+
+def apply(
+    plan: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    new_plan: str | os.PathLike[str] | None = None,
+    baseline: str | os.PathLike[str] | None = None,
+) -> PruneResult:
+    """Repeats the cut of `plan` on a model of the same architecture, whatever its weights.
+
+    Writes the pruned model to `output`; `new_plan` and `baseline` as `plan` and `baseline` of `prune`. Raises
+    `UsageError` when the plan isn't one, and `ModelError` when it doesn't fit the model.
+    """
+    _check_outputs(model, [output, new_plan, baseline])
+    wanted = load_plan(Path(plan))
+    normal = normalise(open_model(model))
+    thinner, dropped = drop_layers(normal, [name for name, _ in wanted.layers])
+    granularities: tuple[Granularity, ...] = ("auto", "rows", "columns")
+    for granularity in granularities:
+        units = find_units(analyse(thinner, granularity))
+        alive = _alive_by(wanted, units)
+        pruned, cut_plan = cut(units, alive)
+        if cut_plan.tensors == wanted.tensors:
+            return _finish(normal, pruned, dropped.then(cut_plan), (units, alive), output, new_plan, baseline)
+    differing = sorted(
+        name
+        for name in {**cut_plan.tensors, **wanted.tensors}
+        if cut_plan.tensors.get(name) != wanted.tensors.get(name)
+    )
+    raise ModelError(f"the plan doesn't fit the model: {differing[0]!r} and {len(differing) - 1} more can't be cut so")
+
+
+def _alive_by(plan: Plan, units: Units) -> Alive:
+    """What survives when everything that a plan removes goes. Raises `ModelError` for a value that doesn't fit."""
+    alive = np.ones(units.count, bool)
+    values = {value.name: value for value in units.solution.flow.axes}
+    for name, removals in plan.tensors.items():
+        for removal in removals:
+            axes = units.solution.axes(values[name]) if name in values else ()
+            vector = axes[removal.axis] if removal.axis < len(axes) else None
+            if vector is None or len(vector) != removal.size:
+                raise ModelError(
+                    f"the plan doesn't fit the model: it cuts {name!r} along axis {removal.axis} of size {removal.size}"
+                )
+            alive[vector[list(removal.removed)]] = False
+    return alive
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far a pruned model is from its masked baseline, relative to the largest output, and how far it may be.
+
+    `inexact_nodes` mix what was cut with what is left; `open_nodes` are those among them that can't be compared: with
+    one of them, the difference says nothing.
+    """
+
+    difference: float
+    tolerance: float
+    inexact_nodes: tuple[str, ...]
+    open_nodes: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether both compute the same, as far as that can be told."""
+        return bool(self.open_nodes) or self.difference <= self.tolerance
+
+    def to_json(self) -> dict[str, Any]:
+        """The verification as JSON."""
+        return {**asdict(self), "passed": self.passed, "comparable": not self.open_nodes}
+
+
+def verify(
+    baseline: str | os.PathLike[str],
+    pruned: str | os.PathLike[str],
+    plan: str | os.PathLike[str],
+    seeds: Sequence[int] = (0, 1, 2),
+) -> Verification:
+    """Runs the mask oracle: the baseline with everything in the plan set to zero against the pruned model.
+
+    On signed random inputs, one set for each seed. Raises `ModelError` when a model can't be used and `UsageError` when
+    the plan isn't one, or is of another baseline.
+    """
+    wanted, owner = load_plan(Path(plan)), json.loads(Path(plan).read_text()).get("model_sha256")
+    before, after = open_model(baseline), open_model(pruned)
+    if owner != digest(before) and owner != sha256(Path(baseline)):
+        raise UsageError(f"{plan} is the plan of another baseline: its model_sha256 isn't that of {baseline}")
+    result = mask_oracle(before, after, wanted, tuple(seeds))
+    return Verification(result.difference, tolerance(before), wanted.inexact_nodes, result.open_nodes)
 
 
 def _share_of_all(units: Units, scores: np.ndarray[Any, Any], ratio: float, rounding: Rounding) -> np.ndarray[Any, Any]:
@@ -112,9 +248,10 @@ def _share_of_all(units: Units, scores: np.ndarray[Any, Any], ratio: float, roun
 
 @dataclass(frozen=True)
 class Inspection:
-    """What could be pruned: groups, locks, and how much of the model they reach."""
+    """What could be pruned: groups, residual layers, locks, and how much of the model they reach."""
 
     groups: tuple[dict[str, Any], ...]
+    layers: tuple[dict[str, Any], ...]
     locks: tuple[dict[str, Any], ...]
     macs: int
     params: int
@@ -125,13 +262,18 @@ class Inspection:
     def to_json(self) -> dict[str, Any]:
         """The inspection as JSON."""
         return {
-            "groups": list(self.groups), "locks": list(self.locks), "macs": self.macs, "params": self.params,
-            "reachable": {"macs": self.reachable_macs, "params": self.reachable_params}, "opset": self.opset,
+            "groups": list(self.groups), "layers": list(self.layers), "locks": list(self.locks), "macs": self.macs,
+            "params": self.params, "reachable": {"macs": self.reachable_macs, "params": self.reachable_params},
+            "opset": self.opset,
         }  # fmt: skip
 
 
 def inspect(model: str | os.PathLike[str], granularity: Granularity = "auto") -> Inspection:
-    """Analyses a model without changing anything. Raises `ModelError` for one that can't be used."""
+    """Analyses a model without changing anything. Raises `ModelError` for one that can't be used.
+
+    A group's `macs` and `params` are what goes with all but one of its units. A lock names a parameter's axis, how many
+    of its positions are locked, how many numbers they hold, the reason and the node that locks it.
+    """
     normal = normalise(open_model(model))
     units = find_units(analyse(normal, granularity))
     cost, everything = Cost(units), np.ones(units.count, bool)
@@ -153,8 +295,12 @@ def inspect(model: str | os.PathLike[str], granularity: Granularity = "auto") ->
                 "params": params - cost.params(alone),
             }
         )
+    layers = [
+        {"name": layer.name, "kind": "layer", "params": layer.params, "nodes": len(layer.nodes)}
+        for layer in find_layers(normal)
+    ]
     return Inspection(
-        tuple(groups), tuple(_locks(units)), macs, params,
+        tuple(groups), tuple(layers), tuple(_locks(units)), macs, params,
         1 - cost.macs(smallest) / max(macs, 1), 1 - cost.params(smallest) / max(params, 1),
         normal.opset_imports.get("", 0),
     )  # fmt: skip
@@ -165,10 +311,11 @@ def _locks(units: Units) -> list[dict[str, Any]]:
     reasons = units.solution.lock_reasons()
     found = []
     for value, axis, vector in units.parameters:
-        locked = [int(c) for c in np.unique(vector) if units.solution.locked[c]]
-        if locked and locked[0] in reasons and "spatial" not in reasons[locked[0]].reason:
-            lock = reasons[locked[0]]
-            found.append(
-                {"value": value.name, "axis": axis, "positions": len(locked), "reason": lock.reason, "node": lock.node}
-            )
+        locked = units.solution.locked[vector]
+        first = next((reasons[c] for c in vector[locked].tolist() if c in reasons), None)
+        if first is None or value.const_value is None or first.reason == SPACE:
+            continue
+        numbers = value.const_value.size * int(locked.sum()) // len(vector)
+        where = {"value": value.name, "axis": axis, "positions": int(locked.sum()), "numbers": numbers}
+        found.append({**where, "reason": first.reason, "node": first.node})
     return found

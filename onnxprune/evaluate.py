@@ -21,7 +21,7 @@ from onnxprune.shapes import Shapes, infer_shapes, replace_node
 Array = NDArray[Any]
 Batch = Mapping[str, Array]
 BATCH = 64
-TOLERANCE, STEPS = 1e-4, 3e-2
+TOLERANCE, HALVES, STEPS = 1e-4, 1e-2, 3e-2
 
 
 def session_options(threads: int | None) -> SessionOptions:
@@ -125,9 +125,13 @@ def without_rounding(model: ir.Model) -> ir.Model:
 def tolerance(model: ir.Model) -> float:
     """How far two forms of a model may differ, relative to the largest output.
 
-    Far above float32 rounding and far below any mistake; a step or two where activations are quantised on the fly.
+    Far above the rounding of the model's numbers and far below any mistake; a step or two where activations are
+    quantised on the fly.
     """
-    return STEPS if any(node.op_type == "DynamicQuantizeLinear" for node in model.graph) else TOLERANCE
+    if any(node.op_type == "DynamicQuantizeLinear" for node in model.graph):
+        return STEPS
+    half = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    return HALVES if any(v.dtype in half for v in model.graph.initializers.values()) else TOLERANCE
 
 
 def relative_difference(expected: Array, found: Array) -> float:

@@ -31,6 +31,8 @@ class RunOptions:
     criterion: str = "l2"
     scope: Scope = "global"
     granularity: Granularity = "auto"
+    kinds: tuple[str, ...] = ()
+    layers: int | Literal["auto"] | None = None
     round_to: int | None = None
     metric: str | None = None
     controller: Controller = "bisect"

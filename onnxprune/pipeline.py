@@ -30,6 +30,7 @@ from onnxprune.files import check_writable, memoised, sha256, write_json
 from onnxprune.finalise import finalise
 from onnxprune.judge import Judge
 from onnxprune.labels import analyse
+from onnxprune.layers import choose_layers, drop_layers, find_layers, influence_scores, weight_scores
 from onnxprune.model import open_model, save_model
 from onnxprune.normalise import normalise
 from onnxprune.options import RESOURCES, RunOptions
@@ -52,7 +53,7 @@ from onnxprune.threshold import (
 )
 from onnxprune.training import TrainingOptions, fine_tune, install_runtime
 from onnxprune.training.client import choose_augmentation
-from onnxprune.units import Units, find_units, prunable
+from onnxprune.units import Units, find_units, granularity_for, of_kinds, prunable
 from onnxprune.verify import check_cut
 from onnxprune.workspace import configuration, open_workspace
 
@@ -99,7 +100,7 @@ def run(
     notes: list[str] = []
     listener.stage("opening and normalising the model")
     baseline = normalise(open_model(source))
-    units = prunable(baseline, str(source), options.granularity)
+    units = prunable(baseline, str(source), options.granularity, options.kinds)
     train, evaluation = _load(baseline, data, eval_data, images, options, notes)
     judge = Judge(
         baseline, evaluation, find_metric(options.metric, evaluation), options.threads, bool(data or eval_data)
@@ -200,7 +201,7 @@ class Run:
     def execute(self) -> Report:
         """Runs all rounds, finalises, benchmarks and reports."""
         started = time.monotonic()
-        state, records, failure = State(self.baseline, Plan({})), list[Record](), None
+        state, records, failure = self._without_layers(), list[Record](), None
         if self.epochs:
             install_runtime(say=self.listener.note)  # before any work: it may not exist for this platform
         self.listener.stage("measuring the uncut model")
@@ -219,6 +220,19 @@ class Run:
         if failure is not None and not any(record["accepted"] for record in records):
             raise failure
         return self._report(state, records, started)
+
+    def _without_layers(self) -> State:
+        """What the first round starts from: the baseline, without the residual layers that matter least."""
+        if self.options.layers is None:
+            return State(self.baseline, Plan({}))
+        layers, wanted = find_layers(self.baseline), self.options.layers
+        if self.train is None:
+            scores = weight_scores(layers)
+        else:
+            scores = influence_scores(self.baseline, layers, self.train, self.options.threads)
+        chosen = choose_layers(layers, scores, None if wanted == "auto" else wanted)
+        self.note(f"layers dropped: {', '.join(layer.name for layer in chosen) or 'none'}")
+        return State(*drop_layers(self.baseline, [layer.name for layer in chosen]))
 
     def note(self, text: str) -> None:
         """Something the user should know; it stands in the report too."""
@@ -291,7 +305,8 @@ class Run:
         return {"tau": tau, "round_to": rounding.multiple}
 
     def _scored(self, model: ir.Model) -> tuple[Units, NDArray[np.float64], Rounding]:
-        units = find_units(analyse(model, self.options.granularity))
+        granularity = granularity_for(self.options.granularity, self.options.kinds)
+        units = of_kinds(find_units(analyse(model, granularity)), self.options.kinds)
         raw = score_units(units, self.options.criterion, self.options.seed)
         return units, normalise_scores(units, raw, self.options.scope, self.origin), Rounding(self.options.round_to)
 

@@ -29,11 +29,15 @@ class Removal:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a cut removes: positions of activation tensors by value name, nodes, and which nodes make it inexact."""
+    """What a cut removes: positions of activation tensors by value name, nodes, and which nodes make it inexact.
+
+    `layers` names, for each layer that was dropped, the node that added it and the value that stays in its place.
+    """
 
     tensors: dict[str, tuple[Removal, ...]]
     removed_nodes: tuple[str, ...] = ()
     inexact_nodes: tuple[str, ...] = ()
+    layers: tuple[tuple[str, str], ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -54,7 +58,8 @@ class Plan:
                 merged[removal.axis] = removal
             tensors[name] = tuple(merged[axis] for axis in sorted(merged))
         inexact = tuple(sorted({*self.inexact_nodes, *later.inexact_nodes}))
-        return Plan(tensors, (*self.removed_nodes, *later.removed_nodes), inexact)
+        nodes = (*self.removed_nodes, *later.removed_nodes)
+        return Plan(tensors, nodes, inexact, (*self.layers, *later.layers))
 
     def to_json(self, model_sha256: str) -> dict[str, Any]:
         """The plan as JSON, bound to a baseline model by its digest."""
@@ -67,6 +72,7 @@ class Plan:
             },
             "removed_nodes": list(self.removed_nodes),
             "inexact_nodes": list(self.inexact_nodes),
+            "layers": [{"node": node, "kept": kept} for node, kept in self.layers],
         }
 
     @staticmethod
@@ -78,7 +84,8 @@ class Plan:
             name: tuple(Removal(r["axis"], r["size"], tuple(r["removed"])) for r in removals)
             for name, removals in content["tensors"].items()
         }
-        return Plan(tensors, tuple(content["removed_nodes"]), tuple(content["inexact_nodes"]))
+        layers = tuple((layer["node"], layer["kept"]) for layer in content.get("layers", []))
+        return Plan(tensors, tuple(content["removed_nodes"]), tuple(content["inexact_nodes"]), layers)
 
 
 def load_plan(path: Path) -> Plan:

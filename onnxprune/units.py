@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxprune.errors import ModelError
+from onnxprune.errors import ModelError, UsageError
 from onnxprune.labels import Solution, analyse
 from onnxprune.labels.solve import Granularity
 from onnxprune.model import constant
+
+KINDS = ("width", "residual", "group", "value", "qk", "head", "hidden", "layer")  # the later goes before the earlier
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def _groups(
                 names[group].append(name)
                 positions[group].append(int(times))
     kinds = ["width"] * count
-    for labels, kind in solution.flow.kinds:
+    for labels, kind in sorted(solution.flow.kinds, key=lambda pair: KINDS.index(pair[1])):
         for group in np.unique(index[solution.component[labels]]):
             if group >= 0:
                 kinds[group] = kind
@@ -139,9 +142,32 @@ def _aligned(solution: Solution, index: NDArray[np.int64], count: int) -> NDArra
     return aligned
 
 
-def prunable(model: ir.Model, name: str, granularity: Granularity = "auto") -> Units:
+def of_kinds(units: Units, kinds: Sequence[str]) -> Units:
+    """The same units, of which only groups of these kinds can be pruned; all kinds when none is named.
+
+    Raises `UsageError` for a kind that doesn't exist and `ModelError` when the model has none of them.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise UsageError(f"--kinds {unknown[0]}: no such kind; known: {', '.join(KINDS)}")
+    if not kinds:
+        return units
+    groups = tuple(group for group in units.groups if group.kind in kinds)
+    if not groups:
+        present = sorted({group.kind for group in units.groups})
+        raise ModelError(f"the model has no groups of kind {', '.join(kinds)}; it has {', '.join(present) or 'none'}")
+    return replace(units, groups=groups)
+
+
+def granularity_for(granularity: Granularity, kinds: Sequence[str]) -> Granularity:
+    """Columns where the insides of heads are asked for and heads themselves aren't; else what is given."""
+    inside = {"qk", "value"} & set(kinds)
+    return "columns" if granularity == "auto" and inside and "head" not in kinds else granularity
+
+
+def prunable(model: ir.Model, name: str, granularity: Granularity = "auto", kinds: Sequence[str] = ()) -> Units:
     """The units of a normalised model. Raises `ModelError` with the reasons when nothing can be pruned."""
-    units = find_units(analyse(model, granularity))
+    units = of_kinds(find_units(analyse(model, granularity_for(granularity, kinds))), kinds)
     if not any(len(group.units) > 1 for group in units.groups):
         reasons = sorted({lock.reason for lock in units.solution.lock_reasons().values()})
         raise ModelError(

@@ -10,12 +10,14 @@ import traceback
 import click
 
 import onnxprune
+from onnxprune.cli.apply import apply_command
 from onnxprune.cli.bench import bench_command
 from onnxprune.cli.doctor import doctor_command
 from onnxprune.cli.inspect import inspect_command
 from onnxprune.cli.output import say
 from onnxprune.cli.prune import prune_command
 from onnxprune.cli.run import run_command
+from onnxprune.cli.verify import verify_command
 from onnxprune.errors import OnnxPruneError
 
 INTERRUPTED = 130
@@ -31,7 +33,15 @@ def cli() -> None:
     """
 
 
-for command in (run_command, prune_command, inspect_command, bench_command, doctor_command):
+for command in (
+    run_command,
+    prune_command,
+    inspect_command,
+    apply_command,
+    verify_command,
+    bench_command,
+    doctor_command,
+):
     cli.add_command(command)
 
 

@@ -12,6 +12,8 @@ from onnxprune.api import Inspection, inspect
 from onnxprune.cli.options import with_json
 from onnxprune.cli.output import print_json, say, show
 
+HALF = 0.5
+
 
 @click.command("inspect", short_help="What can be pruned, and why the rest can't.")
 @click.argument("model", type=click.Path(path_type=Path))
@@ -29,11 +31,16 @@ def inspect_command(model: Path, granularity: str, as_json: bool) -> int:
         print_json(found.to_json())
         return 0
     show(_groups(found))
+    if found.layers:
+        show(_layers(found))
     show(_locks(found))
     say(
         f"{found.macs:,} MACs and {found.params:,} parameters; with one unit left in every group "
         f"{100 * found.reachable_macs:.0f} % of the MACs and {100 * found.reachable_params:.0f} % of the parameters go"
     )
+    if found.reachable_params < HALF and found.locks:
+        reason, numbers = _by_reason(found)[0]
+        say(f"what holds most of it back: {reason} ({100 * numbers / max(found.params, 1):.0f} % of the parameters)")
     return 0
 
 
@@ -57,13 +64,34 @@ def _groups(found: Inspection) -> Table:
     return table
 
 
+def _layers(found: Inspection) -> Table:
+    table = Table(title=f"{len(found.layers)} residual layers that can be dropped")
+    table.add_column("layer")
+    for name in ("parameters", "nodes"):
+        table.add_column(name, justify="right")
+    for layer in found.layers:
+        table.add_row(layer["name"], f"{layer['params']:,}", str(layer["nodes"]))
+    return table
+
+
+def _by_reason(found: Inspection) -> list[tuple[str, int]]:
+    """The numbers that each reason locks, in either of their axes, the most first."""
+    counts: Counter[str] = Counter()
+    for lock in found.locks:
+        counts[lock["reason"]] += lock["numbers"]
+    return counts.most_common()
+
+
 def _locks(found: Inspection) -> Table:
     table = Table(title="locked axes of parameters, by reason")
     for name in ("reason", "example", "locked by node"):
         table.add_column(name)
-    table.add_column("parameters", justify="right")
-    counts = Counter(lock["reason"] for lock in found.locks)
-    for reason, count in counts.most_common():
-        lock = next(lock for lock in found.locks if lock["reason"] == reason)
-        table.add_row(reason, f"{lock['value']}, axis {lock['axis']}", lock["node"], str(count))
+    for name in ("axes", "parameters along them"):
+        table.add_column(name, justify="right")
+    for reason, numbers in _by_reason(found):
+        locks = [lock for lock in found.locks if lock["reason"] == reason]
+        example = max(locks, key=lambda lock: lock["numbers"])
+        table.add_row(
+            reason, f"{example['value']}, axis {example['axis']}", example["node"], str(len(locks)), f"{numbers:,}"
+        )
     return table

@@ -29,6 +29,35 @@ class RoundTo(click.ParamType[int | None]):
 
 
 ROUND_TO = RoundTo()
+
+
+class Layers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """How many layers to drop, or "auto"."""
+
+    name = "layers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """A positive number, or "auto"."""
+        if value == "auto" or isinstance(value, int):
+            return value  # type: ignore[no-any-return]
+        if str(value).isdigit() and int(value) > 0:
+            return int(value)
+        self.fail(f"{value!r} is neither a positive number nor 'auto'", param, ctx)
+
+
+KINDS_OPTION = click.option(
+    "--kinds",
+    default="",
+    metavar="K[,K…]",
+    callback=lambda ctx, param, value: tuple(kind for kind in value.split(",") if kind),
+    help="Cut only these kinds of groups: width, residual, group, head, qk, value, hidden.",
+)
+LAYERS_OPTION = click.option(
+    "--layers",
+    type=Layers(),
+    metavar="N|auto",
+    help="Drop residual layers first: this many, or those that hardly matter.",
+)
 IMAGE_OPTIONS = [
     click.option("--mean", default="0", metavar="F[,F,F]", help="For folders of images: (pixels / 255 - mean) / std."),
     click.option("--std", default="1", metavar="F[,F,F]", help="As --mean."),

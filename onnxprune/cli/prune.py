@@ -8,8 +8,8 @@ from typing import Any
 import click
 from rich.table import Table
 
-from onnxprune.api import prune
-from onnxprune.cli.options import ROUND_TO, SCOPES, with_json
+from onnxprune.api import PruneResult, prune
+from onnxprune.cli.options import KINDS_OPTION, LAYERS_OPTION, ROUND_TO, SCOPES, with_json
 from onnxprune.cli.output import print_json, say, share, show
 from onnxprune.score import CRITERIA
 
@@ -29,6 +29,8 @@ from onnxprune.score import CRITERIA
     default="auto",
     help="Heads and groups: whole (rows) or thinner (columns).",
 )
+@KINDS_OPTION
+@LAYERS_OPTION
 @click.option("--seed", type=int, default=0, help="For --criterion random.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Write what was removed as JSON.")
 @click.option(
@@ -41,12 +43,19 @@ def prune_command(model: Path, as_json: bool, **given: Any) -> int:
     if as_json:
         print_json(result.to_json())
         return 0
+    show(costs_table(result))
+    checked = "equal to the masked model" if result.compared else f"inexact at {len(result.plan.inexact_nodes)} nodes"
+    if result.compared and not result.plan.exact:
+        checked += f" with the means of {len(result.plan.inexact_nodes)} nodes taken over what is left"
+    say(f"written: {result.output} (runs in onnxruntime; {checked}; not fine-tuned: accuracy was not measured)")
+    return 0
+
+
+def costs_table(result: PruneResult) -> Table:
+    """MACs and parameters before and after one cut."""
     table = Table(title="before and after")
     for name in ("", "before", "after", "left"):
         table.add_column(name, justify="left" if not name else "right")
     table.add_row("MACs", *(f"{n:,}" for n in result.macs), share(*result.macs))
     table.add_row("parameters", *(f"{n:,}" for n in result.params), share(*result.params))
-    show(table)
-    checked = "equal to the masked model" if result.plan.exact else f"inexact at {len(result.plan.inexact_nodes)} nodes"
-    say(f"written: {result.output} (runs in onnxruntime; {checked}; not fine-tuned: accuracy was not measured)")
-    return 0
+    return table

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from onnxprune.cli.options import IMAGE_OPTIONS, ROUND_TO, SCOPES, image_options, options, with_json
+from onnxprune.cli.options import (
+    IMAGE_OPTIONS,
+    KINDS_OPTION,
+    LAYERS_OPTION,
+    ROUND_TO,
+    SCOPES,
+    image_options,
+    options,
+    with_json,
+)
 from onnxprune.cli.output import TerminalListener, print_json, report_tables, say, show
 from onnxprune.errors import TargetError
 from onnxprune.options import RunOptions
@@ -47,6 +56,8 @@ RUN_OPTIONS = [
         default="auto",
         help="Heads and groups: whole (rows) or thinner (columns).",
     ),
+    KINDS_OPTION,
+    LAYERS_OPTION,
     click.option(
         "--round-to", type=ROUND_TO, default="auto", metavar="N|auto", help="Widths are rounded up to a multiple."
     ),

@@ -25,6 +25,8 @@ def matmul(flow: Flow, node: ir.Node) -> None:
     batch = _batch_axes(flow, (x[:-2], y[:-2]), (shapes[0][:-2], shapes[1][:-2]))
     if not any(value.is_initializer() for value in values if value is not None):
         flow.heads += [vector for vector in batch if vector is not None]
+        if x[-1] is not None and any(vector is not None for vector in batch):
+            flow.kinds.append((x[-1], "qk"))
     outer: list[Vector] = [*x[-2:-1], *(y[-1:] if len(y) > 1 else ())]
     flow.give(node.outputs[0], [*batch, *outer])
 

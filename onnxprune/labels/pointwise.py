@@ -16,6 +16,8 @@ BROADCAST = """
     Mul Or Pow PRelu Sub Sum Where Xor com.microsoft::BiasGelu com.microsoft::FastGelu
 """
 
+SUMS = ("Add", "Sum")
+
 
 @rule(*UNARY.split())
 def unary(flow: Flow, node: ir.Node) -> None:
@@ -45,6 +47,7 @@ def broadcast_axes(flow: Flow, operands: list[ir.Value]) -> list[Vector]:
             flow.lock_all(flow.of(value), "the shape of an operand is unknown")
         return []
     rank = max(len(shape) for shape in shapes if shape is not None)
+    summed = flow.node is not None and flow.node.op_type in SUMS and not any(v.is_initializer() for v in operands)
     result: list[Vector] = []
     for axis in range(-rank, 0):
         wide = [
@@ -54,6 +57,8 @@ def broadcast_axes(flow: Flow, operands: list[ir.Value]) -> list[Vector]:
         ]
         for other in wide[1:]:
             flow.tie(wide[0], other)
+        if len(wide) > 1 and wide[0] is not None and summed:
+            flow.kinds.append((wide[0], "residual"))
         result.append(wide[0] if wide and all(vector is not None for vector in wide) else None)
     return result
 

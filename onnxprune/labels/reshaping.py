@@ -44,7 +44,9 @@ def reshape(flow: Flow, node: ir.Node) -> None:
         if all(vector is None for vector in vectors):
             continue
         flat = merge(flow, vectors, [before[axis] for axis in sources])
-        parts = split(flow, flat, [after[axis] for axis in targets])
+        spans = flow.shapes.pairs(out)
+        pure = [place for place, axis in enumerate(targets) if len(targets) > 1 and _purely_dynamic(spans[axis])]
+        parts = split(flow, flat, [after[axis] for axis in targets], pure)
         for axis, vector in zip(targets, parts, strict=True):
             if vector is not None and (named is None or named[axis] is None):
                 flow.lock(vector, "its size is computed in the target of this reshape")
@@ -114,11 +116,21 @@ def merge(flow: Flow, vectors: Sequence[Vector], sizes: Sequence[int]) -> Vector
     return np.broadcast_to(inner.reshape(shape), sizes).ravel()
 
 
-def split(flow: Flow, flat: Vector, sizes: Sequence[int]) -> list[Vector]:
-    """The labels of the axes into which one axis is split, row by row."""
+def _purely_dynamic(pair: Pair) -> bool:
+    """Whether no fixed number of positions is folded into a dynamic dimension."""
+    return pair[0] != pair[1] and math.gcd(*pair) == 1
+
+
+def split(flow: Flow, flat: Vector, sizes: Sequence[int], whole: Sequence[int] = ()) -> list[Vector]:
+    """The labels of the axes into which one axis is split, row by row; `whole` axes can't be cut."""
     if flat is None:
         return [None] * len(sizes)
     grid = flat.reshape(tuple(sizes))
+    for axis in whole:
+        first = np.broadcast_to(grid.take([0], axis), grid.shape)
+        flow.ties.append((first.ravel(), grid.ravel()))
+        grid = grid.take([0], axis)
+    sizes = grid.shape
     varying = [axis for axis in range(len(sizes)) if not (grid == grid.take([0], axis)).all()]
     result: list[Vector] = [None] * len(sizes)
     if len(varying) == 1:

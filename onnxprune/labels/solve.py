@@ -158,9 +158,8 @@ def _settle(
     axes = range(len(rectangle.sizes))
     free = {axis: _free_units(grid, rectangle.axes[axis], axis, component, locked) for axis in axes}
     candidates = [axis for axis in axes if free[axis]]
-    chosen = None
+    chosen, heads = None, _heads(flow, component)
     if candidates:
-        heads = _heads(flow, component)
         chosen = max(
             candidates,
             key=lambda axis: (
@@ -181,9 +180,18 @@ def _settle(
         flow.locks.append(
             Lock(rectangle.flat, "no axis of the tensor that it is reshaped to can be cut", rectangle.node, "")
         )
-    elif len(rectangle.sizes) == 2:
-        kind = "row" if chosen == 0 else "column"
-        flow.kinds.append((rectangle.axes[chosen], kind))  # type: ignore[arg-type]
+    elif (vector := rectangle.axes[chosen]) is not None and (kind := _kind_of(rectangle, chosen, component, heads)):
+        flow.kinds.append((vector, kind))
+
+
+def _kind_of(rectangle: Rectangle, chosen: int, component: NDArray[np.int64], heads: NDArray[np.bool_]) -> str | None:
+    """What a person calls the units of the axis that is cut."""
+    of_heads = [vector is not None and bool(heads[component[vector]].any()) for vector in rectangle.axes]
+    if of_heads[chosen]:
+        return "head"
+    if any(of_heads):
+        return "value"  # unless it is contracted
+    return "group" if chosen == 0 and len(of_heads) == 2 else None
 
 
 def _free_units(
