@@ -25,10 +25,11 @@ from onnxprune.evaluate import (
     without_rounding,
 )
 from onnxprune.model import give_back, open_session, weight_bytes, weights_aside
-from onnxprune.shapes import SCHEME_KEY, SCHEMES, add_initializer, dynamic_sizes, simplify_shape_arithmetic
+from onnxprune.shapes import SCHEME_KEY, add_initializer, schemes_to_try, simplify_shape_arithmetic
 from onnxprune.unroll import unroll
 
 OLDEST_OPSET = 17  # LayerNormalization, and BatchNormalization as training knows it
+COMPATIBLE_OPSET = 13  # from here to there operators only gained attributes: what the converter lacks is as it was
 OLDEST_IR = 8  # from 4 on, initializers needn't be inputs
 NEVER_FOLDED = {"RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "SequenceConstruct", "SequenceAt"}
 UNSHARED = 256  # elements; larger matrices that several nodes read are tied weights
@@ -68,13 +69,13 @@ def _choose_sizes(model: ir.Model) -> tuple[list[dict[str, Array]], list[Array]]
     onnxruntime's reason when it runs at no sizes.
     """
     session, reason = open_session(without_rounding(model), unoptimised()), ModelError("")
-    for index in range(len(SCHEMES) if dynamic_sizes(model, 0) else 1):
+    for index in schemes_to_try(model) or (0,):
         model.metadata_props[SCHEME_KEY] = str(index)
         walks = [random_inputs(model, seed=0, batch=None, walk=walk) for walk in (0, 1)]
         try:
             return walks, [array for inputs in walks for array in run_session(session, inputs)]
         except ModelError as error:
-            reason = reason if index else error
+            reason = reason if str(reason) else error
     raise reason
 
 
@@ -101,7 +102,8 @@ def _convert_opset(model: ir.Model) -> ir.Model:
         try:
             proto = version_converter.convert_version(ir.to_proto(model), OLDEST_OPSET)
         except Exception as error:  # the converter raises plain RuntimeErrors of many kinds
-            if version >= 13:
+            if version >= COMPATIBLE_OPSET:
+                model.opset_imports[""] = OLDEST_OPSET
                 return model
             raise ModelError(
                 f"opset {version} can't be converted to {OLDEST_OPSET}: {str(error).splitlines()[0]}; "

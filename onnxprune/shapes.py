@@ -29,6 +29,7 @@ SCHEMES = (  # (do dynamic dimensions differ from each other?, times OTHER_SIZES
     *((True, 1.0), (True, 1 / 8), (False, 1.0), (False, 1 / 8)),
     *((True, 1 / 16), (False, 1 / 16), (True, 2.0), (False, 2.0)),
 )
+SEQUENCES_FIRST = (1, 3, 4, 5, 0, 2, 6, 7)  # the order in which they are tried for models that take no images
 CONTRIB = "com.microsoft"
 LIKE_FIRST = {  # operators of onnxruntime, and which of their outputs have the shape of the first input
     **dict.fromkeys(("BiasGelu", "FastGelu", "QuickGelu", "Gelu", "RotaryEmbedding", "GroupQueryAttention"), (0,)),
@@ -62,21 +63,38 @@ class Trace:
 def dynamic_sizes(model: ir.Model, which: int) -> dict[str, int]:
     """The concrete size given to each dynamic dimension of the inputs in walk `which` (0 or 1).
 
-    Dimensions get sizes in different ratios, so that what is computed from one isn't taken for another.
+    Dimensions get sizes in different ratios, so that what is computed from one isn't taken for another. A dimension
+    whose name is a sum of others ("past + seq"), or that is called a total, is the sum of theirs.
     """
     differ, times = SCHEMES[int(model.metadata_props.get(SCHEME_KEY, 0))]
     sizes: dict[str, int] = {}
+    later: list[str] = []
     others = 0
     for value in model.graph.inputs:
         for axis, dim in enumerate(value.shape or ()):
-            if isinstance(dim, int) or (name := dim_name(value, axis)) in sizes:
+            if isinstance(dim, int) or (name := dim_name(value, axis)) in sizes or name in later:
                 continue
             if axis == 0 and (not differ or BATCH_SIZES[which] not in sizes.values()):
                 sizes[name] = BATCH_SIZES[which]
+            elif "+" in name or "total" in name.lower():
+                later.append(name)
             else:
                 sizes[name] = round(OTHER_SIZES[others % len(OTHER_SIZES)][which] * times)
                 others += differ
+    lengths = [size for size in sizes.values() if size != BATCH_SIZES[which]]
+    for name in later:
+        terms = [term.strip() for term in name.split("+")]
+        known = [sizes.get(term, int(term) if term.isdigit() else 0) for term in terms]
+        fallback = sum(lengths) or round(OTHER_SIZES[others % len(OTHER_SIZES)][which] * times)
+        sizes[name] = sum(known) if "+" in name and all(known) else fallback
     return sizes
+
+
+def schemes_to_try(model: ir.Model) -> Sequence[int]:
+    """The sizes to try, as indices of SCHEMES: those of images first where an input may be an image."""
+    dynamic = [value for value in model.graph.inputs if any(not isinstance(dim, int) for dim in value.shape or ())]
+    images = any(len(value.shape or ()) >= 4 for value in dynamic[:1])
+    return () if not dynamic else range(len(SCHEMES)) if images else SEQUENCES_FIRST
 
 
 def dim_name(value: ir.Value, axis: int) -> str:

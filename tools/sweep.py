@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 SEEDS = (0, 1, 2)
-TOLERANCE = 1e-4
 HALF = 0.5  # share of the parameters that a sweep wants gone
 INLINE = 2**30  # bytes; larger filled models keep their weights beside the file
 
@@ -51,10 +50,7 @@ def sweep_one(path: Path, ratio: float) -> dict[str, Any]:
     """Prunes one model and checks it. Raises whatever goes wrong."""
     import resource
 
-    from onnxprune.api import inspect, prune
-    from onnxprune.model import open_model
-    from onnxprune.plan import load_plan
-    from onnxprune.verify import mask_oracle
+    from onnxprune.api import inspect, prune, verify
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -64,10 +60,11 @@ def sweep_one(path: Path, ratio: float) -> dict[str, Any]:
         done = prune(source, out, ratio, plan=plan, baseline=baseline)
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        oracle = mask_oracle(open_model(baseline), open_model(out), load_plan(plan), SEEDS)
+        oracle = verify(baseline, out, plan, SEEDS)
         row = {
             "seconds": round(seconds, 2), "peak_bytes": peak, "params": done.params, "macs": done.macs,
-            "exact": done.plan.exact, "comparable": oracle.comparable, "difference": oracle.difference,
+            "exact": done.plan.exact, "comparable": not oracle.open_nodes,
+            "difference": oracle.difference, "tolerance": oracle.tolerance,
             "inexact_nodes": len(done.plan.inexact_nodes), "open_nodes": len(oracle.open_nodes),
         }  # fmt: skip
         if done.params[1] > HALF * done.params[0]:
@@ -95,7 +92,7 @@ def verdict(row: dict[str, Any]) -> str:
     """What a row amounts to, in a word or two."""
     if "error" in row:
         return "failed"
-    if row["comparable"] and not row["difference"] <= TOLERANCE:
+    if row["comparable"] and not row["difference"] <= row["tolerance"]:
         return "differs"
     return "half" if row["params"][1] <= HALF * row["params"][0] else "less than half"
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune.labels.flow import Flow, Vector, given, integer, resize, rule
+from onnxprune.labels.flow import Flow, Vector, given, integer, integers, resize, rule
 
 if TYPE_CHECKING:
     from onnxprune.cut import Cut
@@ -17,15 +18,31 @@ SPACE = "a spatial axis"
 
 @rule("Conv", "com.microsoft::FusedConv")
 def conv(flow: Flow, node: ir.Node) -> None:
-    """`x[b,(g i),*s], w[(g o),i,*k], b[(g o)] -> y[b,(g o),*s']`; a fused sum `[b,(g o),*s']` may follow."""
+    """`x[b,(g i),*s], w[(g o),i,*k], b[(g o)] -> y[b,(g o),*s']`; a fused sum `[b,(g o),*s']` may follow.
+
+    Where channels lie along s and keep their number, they pass, inexactly: each reads its neighbours.
+    """
     x, w = flow.of(node.inputs[0]), flow.of(node.inputs[1])
     sizes = flow.shape(node.inputs[1])
     if not sizes or len(w) < 3 or len(x) < 3 or sizes[0] is None or sizes[1] is None:
         return unknown_weight(flow, node)
     flow.lock_all(w[2:], SPACE)
-    flow.lock_all(x[2:], SPACE)
     out = _channels_out(flow, x[1], w[0], w[1], integer(node, "group", 1), (sizes[1], sizes[0]))
-    _finish(flow, node, x, out)
+    _finish(flow, node, x, out, _along_space(flow, node, x))
+
+
+def _along_space(flow: Flow, node: ir.Node, x: tuple[Vector, ...]) -> list[Vector]:
+    """The labels of the spatial axes behind a convolution: what is slid over one by one passes, the rest locks."""
+    before, after, steps = flow.sizes(node.inputs[0]), flow.sizes(node.outputs[0]), integers(node, "strides") or []
+    result: list[Vector] = [None] * (len(x) - 2)
+    for axis, vector in enumerate(x[2:]):
+        same = before is not None and after is not None and before[axis + 2] == after[axis + 2]
+        if same and set(steps) <= {1}:
+            flow.inexact(vector)
+            result[axis] = vector
+        else:
+            flow.lock(vector, SPACE)
+    return result
 
 
 @rule("ConvTranspose")
@@ -69,12 +86,14 @@ def _channels_out(flow: Flow, x: Vector, w0: Vector, w1: Vector, groups: int, si
     return w0
 
 
-def _finish(flow: Flow, node: ir.Node, x: tuple[Vector, ...], out: Vector) -> None:
+def _finish(
+    flow: Flow, node: ir.Node, x: tuple[Vector, ...], out: Vector, space: Sequence[Vector] | None = None
+) -> None:
     if (bias := given(node, 2)) is not None and node.op_type != "ConvInteger":
         flow.tie(flow.of(bias)[0] if flow.of(bias) else None, out)
     if (added := given(node, 3)) is not None and node.op_type == "FusedConv":
         flow.tie(flow.of(added)[1], out)
-    flow.give(node.outputs[0], (None, out) + (None,) * (len(x) - 2))
+    flow.give(node.outputs[0], (None, out, *(space or [None] * (len(x) - 2))))
 
 
 def unknown_weight(flow: Flow, node: ir.Node) -> None:
