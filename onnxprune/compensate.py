@@ -16,24 +16,25 @@ from numpy.typing import NDArray
 from onnxprune.labels.flow import integer, integers
 from onnxprune.model import constant
 from onnxprune.plan import Removal
-from onnxprune.shapes import add_initializer, replace_node
+from onnxprune.shapes import Shapes, add_initializer, replace_node
 
 Compensation = Callable[["Builder"], bool]
 COMPENSATIONS: dict[str, Compensation] = {}
 
 
-def compensate(model: ir.Model, names: Sequence[str], removed: Mapping[str, Sequence[Removal]]) -> list[str]:
+def compensate(
+    model: ir.Model, names: Sequence[str], removed: Mapping[str, Sequence[Removal]], shapes: Shapes
+) -> list[str]:
     """Rewrites the named nodes of a masked model; the names of those for which that can't be done.
 
-    `removed` holds what a plan removes, by the value names of the unmasked model. Values need their rank in
-    `meta["rank"]`.
+    `removed` holds what a plan removes, and `shapes` what is known, by the value names of the unmasked model.
     """
     nodes = {node.name: node for node in model.graph}
     left = []
     for name in names:
         node = nodes[name]
         rewrite = COMPENSATIONS.get(node.op_type)
-        if rewrite is None or not rewrite(Builder(model, node, removed)):
+        if rewrite is None or not rewrite(Builder(model, node, removed, shapes)):
             left.append(name)
     return left
 
@@ -55,6 +56,7 @@ class Builder:
     model: ir.Model
     node: ir.Node
     removed: Mapping[str, Sequence[Removal]]
+    shapes: Shapes
 
     def value(self, index: int = 0) -> ir.Value:
         """An input of the node."""
@@ -63,25 +65,20 @@ class Builder:
         return value
 
     @property
+    def name(self) -> str:
+        """The name that the first input had before masks were put on it."""
+        return (self.value().name or "").split(".masked")[0]
+
+    @property
     def rank(self) -> int | None:
         """The rank of the first input."""
-        return self.original().meta.get("rank")
-
-    def original(self) -> ir.Value:
-        """The first input as it was before masks were put on it."""
-        value = self.value()
-        while (
-            value.name not in self.removed
-            and (step := value.producer()) is not None
-            and ".masked" in (value.name or "")
-        ):
-            value = next(each for each in step.inputs[::-1] if each is not None and not each.is_initializer())
-        return value
+        shape = self.shapes.first.shape(self.name)
+        return None if shape is None else len(shape)
 
     def keep(self, axes: Sequence[int]) -> tuple[NDArray[np.bool_], float] | None:
         """A mask over the first input, and the share that is left along these axes; None if nothing went."""
         rank, mask, share = self.rank, np.ones((), bool), 1.0
-        for removal in self.removed.get(self.original().name or "", ()):
+        for removal in self.removed.get(self.name, ()):
             if rank is None:
                 return None
             along = np.ones(removal.size, bool)
@@ -104,8 +101,8 @@ class Builder:
         """A constant; numbers that aren't integers or truths get the type of the first input."""
         found = np.asarray(array)
         if found.dtype.kind == "f":
-            kind = self.value().dtype or self.original().dtype or ir.DataType.FLOAT
-            found = found.astype(kind.numpy())
+            kind = self.shapes.first.types.get(self.name)
+            found = found.astype(ir.DataType(kind.tensor_type.elem_type).numpy() if kind else np.float32)
         return add_initializer(self.model, f"{self.node.name}.constant", found)
 
     def sum(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:

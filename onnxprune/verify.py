@@ -140,7 +140,7 @@ def mask_oracle(baseline: ir.Model, pruned: ir.Model, plan: Plan, seeds: tuple[i
     for node in baseline.graph:
         if node.name in layers and layers[node.name] in removed:  # the sum is what is kept, and cut as that is
             removed[node.outputs[0].name or ""] = removed[layers[node.name]]
-    open_nodes = compensate(masked, plan.inexact_nodes, removed)
+    open_nodes = compensate(masked, plan.inexact_nodes, removed, shapes)
     masked, pruned = without_rounding(masked), without_rounding(pruned)
     inputs = [random_inputs(baseline, seed, batch=None, walk=index % 2) for index, seed in enumerate(seeds)]
     pairs = zip(run_on_all(masked, inputs), run_on_all(pruned, inputs), strict=True)
