@@ -32,7 +32,6 @@ OLDEST_OPSET = 17  # LayerNormalization, and BatchNormalization as training know
 COMPATIBLE_OPSET = 13  # from here to there operators only gained attributes: what the converter lacks is as it was
 OLDEST_IR = 8  # from 4 on, initializers needn't be inputs
 NEVER_FOLDED = {"RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli", "SequenceConstruct", "SequenceAt"}
-UNSHARED = 256  # elements; larger matrices that several nodes read are tied weights
 MOST_FOLDED = 2**26  # bytes of a folded constant, unless the model's weights are larger anyway
 
 
@@ -177,12 +176,12 @@ def _evaluate(model: ir.Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> 
 
 
 def _unshare_initializers(model: ir.Model) -> None:
-    """Gives every use of a small initializer its own copy: exporters store equal vectors once, for unrelated layers.
+    """Gives every use of a vector its own copy: exporters store equal ones once, for layers that have nothing in common.
 
-    Large ones are shared on purpose (tied weights, unrolled loops) and stay so.
+    Matrices are shared on purpose (tied weights, unrolled loops) and stay so.
     """
     for value in list(model.graph.initializers.values()):
-        if value.const_value is None or (len(value.const_value.shape) > 1 and value.const_value.size > UNSHARED):
+        if value.const_value is None or sum(dim > 1 for dim in value.const_value.shape.numpy()) > 1:
             continue
         for index, (node, position) in enumerate(list(value.uses())):
             if index and node.graph is model.graph:

@@ -329,3 +329,56 @@ def test_help_and_version(tmp_path: Path) -> None:
     for command in ([], ["run"], ["prune"], ["inspect"], ["bench"], ["doctor"]):
         assert call(*command, "--help", cwd=tmp_path).status == 0
     assert "onnxprune" in call("--version", cwd=tmp_path).out
+
+
+def test_a_plan_is_applied_to_other_weights_and_verified(tmp_path: Path) -> None:
+    """The same architecture with other numbers is cut the same way; the oracle agrees, and tells a wrong model."""
+    other = onnx.load(str(MODELS / "digits_vit.onnx"))
+    rng = np.random.default_rng(0)
+    for tensor in other.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.dims:
+            array = onnx.numpy_helper.to_array(tensor)
+            noise = rng.standard_normal(array.shape).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array + 0.05 * noise, tensor.name))
+    onnx.save(other, str(tmp_path / "other.onnx"))
+    first = ("prune", MODELS / "digits_vit.onnx", "-o", "a.onnx", "--plan", "a.json", "--baseline", "a0.onnx")
+    assert call(*first, "--ratio", 0.5, "--layers", 2, cwd=tmp_path).status == 0
+    again = ("apply", "a.json", "other.onnx", "-o", "b.onnx", "--plan", "b.json", "--baseline", "b0.onnx", "--json")
+    done = call(*again, cwd=tmp_path)
+    assert done.status == 0, done.err
+    plans = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
+    assert plans[0]["tensors"] == plans[1]["tensors"] and plans[0]["layers"] == plans[1]["layers"]
+    good = call("verify", "b0.onnx", "b.onnx", "b.json", "--json", cwd=tmp_path)
+    assert good.status == 0 and good.json["comparable"] and good.json["difference"] < 1e-5
+    wrong = call("verify", "b0.onnx", "a.onnx", "b.json", "--json", cwd=tmp_path)
+    assert wrong.status == 3 and not wrong.json["passed"]
+    mixed = call("verify", "b0.onnx", "a.onnx", "a.json", cwd=tmp_path)
+    assert mixed.status == 2 and "another baseline" in mixed.err
+    misfit = call("apply", "a.json", MODELS / "digits_mlp.onnx", "-o", "c.onnx", cwd=tmp_path)
+    assert misfit.status in (2, 3) and "Traceback" not in misfit.err and not (tmp_path / "c.onnx").exists()
+
+
+@pytest.mark.parametrize("kind", ["residual", "head", "qk", "width"])
+def test_kinds_of_a_transformer_are_cut_one_by_one(kind: str, tmp_path: Path) -> None:
+    arguments = ("prune", MODELS / "digits_vit.onnx", "-o", "out.onnx", "--ratio", 0.5, "--kinds", kind, "--json")
+    done = call(*arguments, cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert done.json["compared"] and done.json["pruned"]["params"] < 0.95 * done.json["baseline"]["params"]
+    assert done.json["exact"] is (kind != "residual")
+
+
+def test_kinds_that_are_not_there(tmp_path: Path) -> None:
+    unknown = call("prune", MODELS / "digits_mlp.onnx", "-o", "o.onnx", "--ratio", 0.5, "--kinds", "wing", cwd=tmp_path)
+    assert unknown.status == 2 and "residual" in unknown.err
+    absent = call("prune", MODELS / "digits_mlp.onnx", "-o", "o.onnx", "--ratio", 0.5, "--kinds", "head", cwd=tmp_path)
+    assert absent.status == 3 and "width" in absent.err
+
+
+def test_layers_alone_are_dropped(tmp_path: Path) -> None:
+    arguments = ("prune", MODELS / "digits_vit.onnx", "-o", "out.onnx", "--ratio", 0, "--layers", 3, "--plan", "p.json")
+    done = call(*arguments, "--json", cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert done.json["exact"] and done.json["pruned"]["params"] < done.json["baseline"]["params"]
+    assert len(json.loads((tmp_path / "p.json").read_text())["layers"]) == 3
+    many = call("prune", MODELS / "digits_vit.onnx", "-o", "o.onnx", "--ratio", 0.5, "--layers", 99, cwd=tmp_path)
+    assert many.status == 2 and "6 residual layers" in many.err

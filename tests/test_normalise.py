@@ -33,13 +33,21 @@ def test_shape_arithmetic_becomes_constant_and_the_batch_stays_dynamic() -> None
     assert [len(group.units) for group in units.groups] == [8]
 
 
-def test_shared_initializers_are_cloned() -> None:
-    text = """(float[N,6] x, float[6,6] w, float[6] b, float[6,5] v) => (float[N,5] y)
-    { h = Gemm(x, w, b) r = Relu(h) k = Gemm(r, w, b) y = MatMul(k, v) }"""
+def test_shared_vectors_are_cloned() -> None:
+    text = """(float[N,6] x, float[6,6] w, float[6,6] u, float[6] b, float[6,5] v) => (float[N,5] y)
+    { h = Gemm(x, w, b) r = Relu(h) k = Gemm(r, u, b) y = MatMul(k, v) }"""
     model = graph(text)
     assert all(len(value.uses()) <= 1 for value in model.graph.initializers.values())
-    units = check_oracle(model)
-    assert [len(group.units) for group in units.groups] == [6, 6]
+    assert [len(group.units) for group in check_oracle(model).groups] == [6, 6]
+
+
+def test_tied_weights_stay_tied() -> None:
+    """A table that embeds the input and reads the output is one matrix before and after."""
+    text = """(int64[N,4] x, float[9,8] t, float[8,8] w) => (float[N,4,9] y)
+    { h = Gather(t, x) k = MatMul(h, w) s = Add(h, k) y = Einsum<equation="bsd,vd->bsv">(s, t) }"""
+    model = graph(text)
+    assert len(model.graph.initializers["t"].uses()) == 2
+    assert [len(group.units) for group in check_oracle(model).groups] == [8]
 
 
 def test_initializers_among_the_inputs_of_an_old_model() -> None:

@@ -204,7 +204,8 @@ NEWER = {  # operators of opset 23
         "h = Attention<q_num_heads=4, kv_num_heads=2>(q, k, v) y = MatMul(h, o) }"),
     "attention operator over separate heads": ([3], "(float[N,4,6] x, float[6,12] a, float[6,12] b, float[12,5] o)"
         "=> (float[N,4,5] y) <int64[4] split = {0,4,3,4}, int64[3] join = {0,4,12}> { p = MatMul(x, a)"
-        "q = Reshape(p, split) r = MatMul(x, b) k = Reshape(r, split) qt = Transpose<perm=[0,2,1,3]>(q) kt = Transpose<perm=[0,2,1,3]>(k)"
+        "q = Reshape(p, split) r = MatMul(x, b) k = Reshape(r, split) qt = Transpose<perm=[0,2,1,3]>(q)"
+        "kt = Transpose<perm=[0,2,1,3]>(k)"
         "h = Attention(qt, kt, kt) d = Transpose<perm=[0,2,1,3]>(h) e = Reshape(d, join) y = MatMul(e, o) }"),
     "rotary embedding": ([3], "(float[2,4,6] x, float[6,12] a, float[2,4,2] c, float[2,4,2] s, float[12,5] o)"
         "=> (float[2,4,5] y) { h = MatMul(x, a) r = RotaryEmbedding<num_heads=3>(h, c, s) y = MatMul(r, o) }"),
