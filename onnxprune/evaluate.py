@@ -134,8 +134,15 @@ def tolerance(model: ir.Model) -> float:
     return HALVES if any(v.dtype in half for v in model.graph.initializers.values()) else TOLERANCE
 
 
-def relative_difference(expected: Array, found: Array) -> float:
-    """The largest difference over the largest magnitude expected; NaNs and infinities must agree in place."""
+def relative_difference(expected: Any, found: Any) -> float:
+    """The largest difference over the largest magnitude expected; NaNs and infinities must agree in place.
+
+    Sequences are compared element by element; optionals that are empty, and maps, must be equal.
+    """
+    if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        return max((relative_difference(a, b) for a, b in zip(expected, found, strict=True)), default=0.0)
+    if not isinstance(expected, np.ndarray) or not isinstance(found, np.ndarray):
+        return 0.0 if type(expected) is type(found) and expected == found else float("inf")
     if expected.shape != found.shape:
         return float("inf")
     if expected.dtype.kind not in "fc" and expected.dtype.name != "bfloat16":

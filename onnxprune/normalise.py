@@ -176,7 +176,7 @@ def _evaluate(model: ir.Model, nodes: list[ir.Node], wanted: list[ir.Value]) -> 
 
 
 def _unshare_initializers(model: ir.Model) -> None:
-    """Gives every use of a vector its own copy: exporters store equal ones once, for layers that have nothing in common.
+    """Gives every use of a vector its own copy: exporters store equal ones once, for unrelated layers.
 
     Matrices are shared on purpose (tied weights, unrolled loops) and stay so.
     """

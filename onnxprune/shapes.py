@@ -296,7 +296,8 @@ def simplify_shape_arithmetic(model: ir.Model) -> None:
             held = shapes.contents(value)
             if held is not None and held[0].dtype.kind in "iub" and np.array_equal(*held):
                 replacement = add_initializer(model, f"{value.name}.constant", held[0])
-                value.replace_all_uses_with(replacement, replace_graph_outputs=False)
+                for user, index in list(value.uses()):
+                    user.replace_input_with(index, replacement)
     for node in list(model.graph):
         if node.domain == "" and node.op_type in rewrites:
             rewrites[node.op_type](model, node, shapes)
