@@ -37,7 +37,7 @@ LIKE_FIRST = {  # operators of onnxruntime, and which of their outputs have the 
     **dict.fromkeys(("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), (0, 3)),
 }
 TWINS = {  # operators of onnxruntime that are, for their first inputs, operators of ONNX
-    "FusedConv": ("Conv", 3), "FusedGemm": ("Gemm", 3), "FusedMatMul": ("MatMul", 2),
+    "FusedConv": ("Conv", 3), "FusedGemm": ("Gemm", 3),
     "QuantizeLinear": ("QuantizeLinear", 3), "DequantizeLinear": ("DequantizeLinear", 3),
 }  # fmt: skip
 SCHEME_KEY = "onnxprune.sizes"  # in the metadata of a normalised model: the index of the scheme that it runs with
@@ -192,9 +192,9 @@ def _infer_contrib(node: onnx.NodeProto, walk: Trace, opsets: list[onnx.Operator
         walk.types[node.output[0]] = helper.make_tensor_type_proto(
             first.tensor_type.elem_type, (*shape[:-1], ints["N"])
         )
-    elif node.op_type in TWINS and not any(
-        ints.get(name) for name in ("transA", "transB") if node.op_type == "FusedMatMul"
-    ):
+    elif node.op_type == "FusedMatMul" and not (ints.get("transBatchA") or ints.get("transBatchB")):
+        _infer_matmul(node, walk, ints)
+    elif node.op_type in TWINS:
         twin = onnx.NodeProto()
         twin.CopyFrom(node)
         twin.domain, twin.op_type = "", TWINS[node.op_type][0]
@@ -204,6 +204,15 @@ def _infer_contrib(node: onnx.NodeProto, walk: Trace, opsets: list[onnx.Operator
         del twin.attribute[:]
         twin.attribute.extend(kept)
         _infer_by_schema(twin, walk, opsets)
+
+
+def _infer_matmul(node: onnx.NodeProto, walk: Trace, ints: dict[str, int]) -> None:
+    a, b = (walk.shape(name) for name in node.input[:2])
+    if a is None or b is None or len(a) < 2 or len(b) < 2:
+        return
+    rows, columns = a[-1 if ints.get("transA") else -2], b[-2 if ints.get("transB") else -1]
+    shape = (*np.broadcast_shapes(a[:-2], b[:-2]), rows, columns)
+    walk.types[node.output[0]] = helper.make_tensor_type_proto(walk.types[node.input[0]].tensor_type.elem_type, shape)
 
 
 def _infer_by_schema(node: onnx.NodeProto, walk: Trace, opsets: list[onnx.OperatorSetIdProto]) -> None:
@@ -290,6 +299,7 @@ def simplify_shape_arithmetic(model: ir.Model) -> None:
         "Reshape": _constant_reshape,
         "Expand": _short_expand,
         "ConstantOfShape": _fill_by_expand,
+        "GatherND": _plain_gather,
     }
     for node in list(model.graph):
         for value in node.outputs:
@@ -385,6 +395,14 @@ def _fill_by_expand(model: ir.Model, node: ir.Node, shapes: Shapes) -> None:
         model, f"{node.outputs[0].name}.fill", np.full([dim or 1 for dim in after], fill.reshape(-1)[0], fill.dtype)
     )
     replace_node(model, node, ir.node("Expand", [full, vector], name=f"{node.name}.expand"))
+
+
+def _plain_gather(model: ir.Model, node: ir.Node, shapes: Shapes) -> None:
+    """Constant positions along the first axis are what Gather picks."""
+    picked, batch = constant(node.inputs[1]), node.attributes.get("batch_dims")
+    if picked is not None and picked.ndim > 1 and picked.shape[-1] == 1 and (batch is None or batch.as_int() == 0):
+        indices = add_initializer(model, f"{node.name}.indices", picked[..., 0])
+        replace_node(model, node, ir.node("Gather", [node.inputs[0], indices], {"axis": 0}, name=node.name))
 
 
 def replace_node(model: ir.Model, old: ir.Node, new: ir.Node) -> None:

@@ -163,6 +163,7 @@ def _settle(
         chosen = max(
             candidates,
             key=lambda axis: (
+                free[axis] > 1,
                 {"rows": -axis, "columns": axis, "auto": 0}[granularity],
                 axis == rectangle.prefer,
                 heads[component[rectangle.axes[axis]]].any(),
