@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxprune.labels.flow import RESIZES, Vector, operator_name
-from onnxprune.model import constant
+from onnxprune.model import KEPT, SIZE_BEFORE, constant, release
 from onnxprune.plan import Plan, Removal
 from onnxprune.shapes import add_initializer
 from onnxprune.units import Units
@@ -117,14 +118,28 @@ def cut(units: Units, alive: NDArray[np.bool_]) -> tuple[ir.Model, Plan]:
 
 
 def _take(value: ir.Value, axes: tuple[Vector, ...], alive: NDArray[np.bool_]) -> None:
-    if value.const_value is None or all(vector is None or alive[vector].all() for vector in axes):
+    """Keeps what survives of an initializer: at once, or when it is read where it stands in a file of its own."""
+    tensor = value.const_value
+    if tensor is None or all(vector is None or alive[vector].all() for vector in axes):
         return
-    array = value.const_value.numpy()
-    for axis, vector in enumerate(axes):
-        if vector is not None and not alive[vector].all():
-            array = np.compress(alive[vector], array, axis=axis)
-    value.const_value = ir.tensor(np.ascontiguousarray(array), dtype=value.const_value.dtype, name=value.name)
-    value.shape = ir.Shape(array.shape)
+    kept = [None if v is None or alive[v].all() else np.flatnonzero(alive[v]) for v in axes]
+    before = tuple(int(dim) for dim in tensor.shape.numpy())
+    shape = tuple(size if which is None else len(which) for size, which in zip(before, kept, strict=True))
+
+    def take() -> ir.Tensor[Any]:
+        array = tensor.numpy()
+        for axis, positions in enumerate(kept):
+            if positions is not None:
+                array = np.take(array, positions, axis)
+        result = ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=value.name)
+        del array
+        release(tensor)
+        return result
+
+    lazy = isinstance(tensor, ir.ExternalTensor)
+    value.const_value = ir.LazyTensor(take, tensor.dtype, ir.Shape(shape), name=value.name) if lazy else take()
+    value.shape = ir.Shape(shape)
+    value.meta.update({KEPT: kept, SIZE_BEFORE: before})
 
 
 def _values(model: ir.Model) -> list[ir.Value]:

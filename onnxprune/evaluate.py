@@ -45,9 +45,9 @@ def run_model(model: ir.Model, inputs: Batch) -> list[Array]:
     return run_session(open_session(model), inputs)
 
 
-def run_on_all(model: ir.Model, inputs: Sequence[Batch]) -> list[Array]:
+def run_on_all(model: ir.Model, inputs: Sequence[Batch], session: InferenceSession | None = None) -> list[Array]:
     """The outputs of a model on one set of inputs after the other, by the graph's own arithmetic: nothing is fused."""
-    session = open_session(model, unoptimised())
+    session = session or open_session(model, unoptimised())
     return [array for each in inputs for array in run_session(session, each)]
 
 

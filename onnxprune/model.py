@@ -31,6 +31,7 @@ NATIVE = {  # types whose arrays onnxruntime takes as they are
     *(ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE),
     *(ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL),
 }
+KEPT, SIZE_BEFORE = "kept", "size"  # in the meta data of a cut initializer: for each axis what is left, and of how many
 EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
 
 
@@ -212,23 +213,33 @@ def to_bytes(model: ir.Model) -> bytes:
     return bytes(ir.to_proto(model).SerializeToString())
 
 
+def keeps_data_beside(model: ir.Model) -> bool:
+    """Whether a model's weights are saved in a file beside it: no single file can hold them, or they came that way."""
+    beside = (ir.ExternalTensor, ir.LazyTensor)
+    return weight_bytes(model) > INLINE or any(
+        isinstance(value.const_value, beside) for value in model.graph.initializers.values()
+    )
+
+
 def digest(model: ir.Model) -> str:
-    """The SHA-256, in hex, of the file that `save_model` writes, and of the weights where they stand beside it."""
-    if weight_bytes(model) <= INLINE:
+    """The SHA-256, in hex, of the file that `save_model` writes; of skeleton and weights where they stand beside it."""
+    if not keeps_data_beside(model):
         return hashlib.sha256(to_bytes(model)).hexdigest()
     with weights_aside(model) as weights:
         total = hashlib.sha256(ir.to_proto(model).SerializeToString())
     for tensor in weights.values():
         total.update(np.ascontiguousarray(tensor.numpy()).data)
+        release(tensor)
     return total.hexdigest()
 
 
 def save_model(model: ir.Model, path: Path) -> None:
     """Writes a model to `path`, whole or not at all. Raises `UsageError` when it can't be written.
 
-    Weights over 1.9 GiB, which no single file can hold, stand in `path`.data.
+    Weights over 1.9 GiB, which no single file can hold, and those of a model that came with external data stand in
+    `path`.data.
     """
-    if weight_bytes(model) > INLINE:
+    if keeps_data_beside(model):
         return _save_with_data(model, path)
     content = to_bytes(model)
     with replacing(path) as temporary:
@@ -302,6 +313,12 @@ def parameter_count(model: ir.Model) -> int:
         for value in model.graph.initializers.values()
         if (tensor := value.const_value) is not None and tensor.dtype.is_floating_point() and len(tensor.shape)
     )
+
+
+def release(tensor: ir.TensorProtocol | None) -> None:
+    """Lets go of the pages of a file that hold a tensor; they are read again when it is asked for."""
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
 
 
 def constant(value: ir.Value | None) -> Any:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from onnxprune.cost import Cost
 from onnxprune.errors import ModelError
-from onnxprune.model import constant
+from onnxprune.model import constant, release
 from onnxprune.units import Group, Units, is_parameter, weight_matrix
 
 Scores = NDArray[np.float64]
@@ -70,6 +70,7 @@ def _of_weights(slice_score: Callable[[Slices], Scores], units: Units) -> Scores
             continue
         own = np.zeros(units.count)
         np.add.at(own, vector, _slice_scores(slice_score, constant(value), axis))
+        release(value.const_value)
         present = np.unique(vector)
         total[present] += own[present] / max(float(own[present].mean()), 1e-30)
     return total
