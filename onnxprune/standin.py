@@ -23,11 +23,11 @@ RANK = 4
 
 
 def needed(*models: ir.Model) -> bool:
-    """Whether models are to be compared with stand-ins: they are large, and hold the same weights by name."""
+    """Whether models are to be compared with stand-ins: large, and known to come from the same weights."""
     if max(map(weight_bytes, models)) <= LARGE:
         return False
-    names = [{value.name for value in _heavy(model)} for model in models]
-    return all(found == names[0] for found in names)
+    weights = [{value.name: _shape_before(value) for value in _heavy(model)} for model in models]
+    return all(found == weights[0] for found in weights)
 
 
 def _heavy(model: ir.Model) -> list[ir.Value]:
