@@ -109,16 +109,16 @@ class Builder:
         """The sum over these axes, which keep size one."""
         return self.add("ReduceSum", value, np.array(axes, np.int64), keepdims=1)
 
-    def size(self, axes: Sequence[int]) -> ir.Value:
-        """How many positions the first input has along these axes, in its own type."""
-        shape = self.add("Gather", self.add("Shape", self.value()), np.array(axes, np.int64), axis=0)
-        return self.add("CastLike", self.add("ReduceProd", shape, keepdims=0), self.value())
+    def size(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:
+        """How many positions a value has along these axes, in its own type."""
+        shape = self.add("Gather", self.add("Shape", value), np.array(axes, np.int64), axis=0)
+        return self.add("CastLike", self.add("ReduceProd", shape, keepdims=0), value)
 
     def normalised(
         self, value: ir.Value, axes: Sequence[int], mask: NDArray[np.bool_], share: float, center: bool
     ) -> ir.Value:
         """`(x - mean) / sqrt(variance + epsilon)`, or without the mean, over the positions that are left."""
-        count = self.add("Mul", self.size(axes), share)
+        count = self.add("Mul", self.size(value, axes), share)
         if center:
             value = self.add("Sub", value, self.add("Div", self.sum(value, axes), count))
         value = self.add("Where", mask, value, 0.0)
@@ -186,6 +186,20 @@ def instance_norm(build: Builder) -> bool:
     if build.rank is None or (kept := build.keep(axes := range(2, build.rank))) is None:
         return False
     value = build.normalised(build.value(), axes, *kept, center=True)
+    return build.replace(build.affine(value, 1, 2, lead=build.rank - 2))
+
+
+@compensation("GroupNormalization")
+def group_norm(build: Builder) -> bool:
+    """Normalises over what is left inside each group of channels."""
+    groups = integer(build.node, "num_groups", 1)
+    if build.rank is None or (kept := build.keep([1])) is None:
+        return False
+    mask, share = kept
+    inside = mask.size // groups
+    split = build.add("Reshape", build.value(), np.array([0, groups, inside, -1], np.int64))
+    value = build.normalised(split, (2, 3), mask.reshape(1, groups, inside, 1), share, center=True)
+    value = build.add("Reshape", value, build.add("Shape", build.value()))
     return build.replace(build.affine(value, 1, 2, lead=build.rank - 2))
 
 
