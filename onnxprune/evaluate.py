@@ -21,6 +21,7 @@ from onnxprune.shapes import Shapes, infer_shapes, replace_node
 Array = NDArray[Any]
 Batch = Mapping[str, Array]
 BATCH = 64
+RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 TOLERANCE, HALVES, STEPS = 1e-4, 1e-2, 3e-2
 
 
@@ -106,15 +107,20 @@ def predict(model: ir.Model, data: Dataset, threads: int | None = None) -> list[
     return [np.concatenate(column) if column[0].ndim else np.stack(column) for column in zip(*parts, strict=True)]
 
 
-def without_rounding(model: ir.Model) -> ir.Model:
-    """The same model without the rounding of quantised activations, which turns tiny differences into steps.
+def comparable_form(model: ir.Model) -> ir.Model:
+    """The same model without what makes equal models differ: the rounding of quantised activations, and chance.
 
-    What is quantised and dequantised again passes as it is; weights keep their rounding.
+    What is quantised and dequantised again passes as it is (rounding turns tiny differences into steps); weights keep
+    their rounding. Random numbers are drawn by seeds, one after the other.
     """
-    if not any(node.op_type == "QuantizeLinear" for node in model.graph):
+    if not any(node.op_type == "QuantizeLinear" or node.op_type in RANDOM for node in model.graph):
         return model
     model = model.clone()
+    drawn = 0
     for node in list(model.graph):
+        if node.op_type in RANDOM:
+            drawn += 1
+            node.attributes["seed"] = ir.AttrFloat32("seed", float(drawn))
         source = node.inputs[0].producer() if node.op_type == "DequantizeLinear" and node.inputs[0] else None
         value = source.inputs[0] if source is not None and source.op_type == "QuantizeLinear" else None
         if value is not None and not value.is_initializer() and (value.producer() or node).op_type != "Constant":

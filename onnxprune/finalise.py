@@ -13,7 +13,7 @@ import onnxsim
 from onnx_ir.passes import common
 
 from onnxprune.data import random_inputs
-from onnxprune.evaluate import relative_difference, run_model, tolerance, without_rounding
+from onnxprune.evaluate import comparable_form, relative_difference, run_model, tolerance
 from onnxprune.model import to_bytes
 
 KEEP = [
@@ -35,9 +35,7 @@ def finalise(model: ir.Model) -> ir.Model:
         common.DeduplicateInitializersPass()(result)
         common.RemoveUnusedNodesPass()(result)
         inputs = random_inputs(model, seed=0)
-        pairs = zip(
-            run_model(without_rounding(model), inputs), run_model(without_rounding(result), inputs), strict=True
-        )
+        pairs = zip(run_model(comparable_form(model), inputs), run_model(comparable_form(result), inputs), strict=True)
         if all(relative_difference(a, b) <= tolerance(model) for a, b in pairs):
             return result
     except Exception:  # simplifying is a convenience; the cut model itself was checked

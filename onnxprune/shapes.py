@@ -25,11 +25,11 @@ Shape = tuple[int | None, ...]
 SMALL = 4096  # elements; shape vectors and index tables are smaller, weights are not followed
 BATCH_SIZES = (2, 3)
 OTHER_SIZES = ((96, 128), (128, 160), (64, 160), (96, 160), (64, 224), (160, 192))  # no two in the same ratio
-SCHEMES = (  # (do dynamic dimensions differ from each other?, times OTHER_SIZES): not every model runs at every size
-    *((True, 1.0), (True, 1 / 8), (False, 1.0), (False, 1 / 8)),
-    *((True, 1 / 16), (False, 1 / 16), (True, 2.0), (False, 2.0)),
+SCHEMES = (  # (do dynamic dimensions differ, times OTHER_SIZES, is every first one the batch): not all run at any size
+    *((True, 1.0, True), (True, 1 / 8, True), (True, 1.0, False), (True, 1 / 8, False)),
+    *((False, 1.0, True), (False, 1 / 8, True), (True, 1 / 16, True), (False, 1 / 16, True), (True, 2.0, True)),
 )
-SEQUENCES_FIRST = (1, 3, 4, 5, 0, 2, 6, 7)  # the order in which they are tried for models that take no images
+IMAGES_FIRST, SEQUENCES_FIRST = (0, 2, 1, 3, 4, 5, 6, 7, 8), (1, 3, 6, 5, 7, 0, 2, 4, 8)
 CONTRIB = "com.microsoft"
 LIKE_FIRST = {  # operators of onnxruntime, and which of their outputs have the shape of the first input
     **dict.fromkeys(("BiasGelu", "FastGelu", "QuickGelu", "Gelu", "RotaryEmbedding", "GroupQueryAttention"), (0,)),
@@ -64,9 +64,9 @@ def dynamic_sizes(model: ir.Model, which: int) -> dict[str, int]:
     """The concrete size given to each dynamic dimension of the inputs in walk `which` (0 or 1).
 
     Dimensions get sizes in different ratios, so that what is computed from one isn't taken for another. A dimension
-    whose name is a sum of others ("past + seq"), or that is called a total, is the sum of theirs.
+    whose name is a sum of others ("past + seq"), or that is called a total or is a mask's alone, is the sum of theirs.
     """
-    differ, times = SCHEMES[int(model.metadata_props.get(SCHEME_KEY, 0))]
+    differ, times, common = SCHEMES[int(model.metadata_props.get(SCHEME_KEY, 0))]
     sizes: dict[str, int] = {}
     later: list[str] = []
     others = 0
@@ -74,9 +74,9 @@ def dynamic_sizes(model: ir.Model, which: int) -> dict[str, int]:
         for axis, dim in enumerate(value.shape or ()):
             if isinstance(dim, int) or (name := dim_name(value, axis)) in sizes or name in later:
                 continue
-            if axis == 0 and (not differ or BATCH_SIZES[which] not in sizes.values()):
+            if axis == 0 and (common or BATCH_SIZES[which] not in sizes.values()):
                 sizes[name] = BATCH_SIZES[which]
-            elif "+" in name or "total" in name.lower():
+            elif "+" in name or "total" in name.lower() or "mask" in (value.name or ""):
                 later.append(name)
             else:
                 sizes[name] = round(OTHER_SIZES[others % len(OTHER_SIZES)][which] * times)
@@ -94,7 +94,7 @@ def schemes_to_try(model: ir.Model) -> Sequence[int]:
     """The sizes to try, as indices of SCHEMES: those of images first where an input may be an image."""
     dynamic = [value for value in model.graph.inputs if any(not isinstance(dim, int) for dim in value.shape or ())]
     images = any(len(value.shape or ()) >= 4 for value in dynamic[:1])
-    return () if not dynamic else range(len(SCHEMES)) if images else SEQUENCES_FIRST
+    return () if not dynamic else IMAGES_FIRST if images else SEQUENCES_FIRST
 
 
 def dim_name(value: ir.Value, axis: int) -> str:

@@ -24,7 +24,7 @@ RANK = 4
 
 def needed(*models: ir.Model) -> bool:
     """Whether models are to be compared with stand-ins: large, and known to come from the same weights."""
-    if max(map(weight_bytes, models)) <= LARGE:
+    if max(map(weight_bytes, models)) <= LARGE or min(model.opset_imports.get("", 0) for model in models) < 15:
         return False
     weights = [{value.name: _shape_before(value) for value in _heavy(model)} for model in models]
     return all(found == weights[0] for found in weights)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnxprune.compensate import compensate
 from onnxprune.data import random_inputs
 from onnxprune.errors import ModelError
-from onnxprune.evaluate import all_shapes, relative_difference, run_model, run_on_all, tolerance, without_rounding
+from onnxprune.evaluate import all_shapes, comparable_form, relative_difference, run_model, run_on_all, tolerance
 from onnxprune.plan import Plan
 from onnxprune.shapes import add_initializer, dynamic_sizes
 from onnxprune.standin import needed, stand_in_session
@@ -142,7 +142,7 @@ def mask_oracle(baseline: ir.Model, pruned: ir.Model, plan: Plan, seeds: tuple[i
         if node.name in layers and layers[node.name] in removed:  # the sum is what is kept, and cut as that is
             removed[node.outputs[0].name or ""] = removed[layers[node.name]]
     open_nodes = compensate(masked, plan.inexact_nodes, removed, shapes)
-    masked, pruned = without_rounding(masked), without_rounding(pruned)
+    masked, pruned = comparable_form(masked), comparable_form(pruned)
     inputs = [random_inputs(baseline, seed, batch=None, walk=index % 2) for index, seed in enumerate(seeds)]
     sessions = [stand_in_session(model) if needed(masked, pruned) else None for model in (masked, pruned)]
     pairs = zip(run_on_all(masked, inputs, sessions[0]), run_on_all(pruned, inputs, sessions[1]), strict=True)
