@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import version_converter
 from onnx_ir.passes import common
+from onnxruntime import InferenceSession
 
 from onnxprune.data import random_inputs
 from onnxprune.errors import ModelError
@@ -64,11 +65,14 @@ def _sizes_that_run(model: ir.Model) -> dict[int, Trial]:
 
     Raises `ModelError` with onnxruntime's reason when it runs at no sizes.
     """
-    session = stand_in_session(model) if needed(model) else open_session(comparable_form(model), unoptimised())
+    chance = any(node.op_type in RANDOM for node in model.graph)
+    session: InferenceSession | None = None
     reason, found, model = ModelError(""), dict[int, Trial](), model.clone()
     for index in schemes_to_try(model) or (0,):
         model.metadata_props[SCHEME_KEY] = str(index)
         walks = [random_inputs(model, seed=0, batch=None, walk=walk) for walk in (0, 1)]
+        if session is None or chance:  # random numbers start anew with each session
+            session = stand_in_session(model) if needed(model) else open_session(comparable_form(model), unoptimised())
         try:
             found[index] = walks, [array for inputs in walks for array in run_session(session, inputs)]
         except ModelError as error:
