@@ -110,10 +110,69 @@ def line_of(row: dict[str, Any]) -> str:
     )
 
 
+def markdown(rows: list[dict[str, Any]], peer: Path | None) -> str:
+    """A table of all rows under a summary, beside a peer's results on the same models where its file is given."""
+    words = Counter(map(verdict, rows))
+    done = [row for row in rows if "error" not in row]
+    exact = [row for row in done if row["exact"]]
+    means = [row for row in done if row["comparable"] and not row["exact"]]
+    lines = [
+        "# Every model of a folder, half of its units removed",
+        "",
+        "Written by `tools/sweep.py`. `exact` cuts equal the masked model; `means` equal it with means taken over what",
+        "is left; `inexact` can't be compared. The difference is the largest of three seeds, relative to the outputs.",
+        "",
+        f"{len(rows)} models: {len(done)} pruned and run, {words['half']} to at most half of their parameters; "
+        f"{len(exact)} exact (largest difference {max((r['difference'] for r in exact), default=0):.0e}), "
+        f"{len(means)} compared over means ({max((r['difference'] for r in means), default=0):.0e}).",
+        "",
+    ]
+    if peer is not None:
+        lines += [*beside(rows, json.loads(peer.read_text())), ""]
+    lines += [
+        "| model | seconds | parameters left | MACs left | kind | difference | what holds the rest |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda each: str(each["name"])):
+        if "error" in row:
+            lines.append(f"| {row['name']} | | | | failed | | {row['error'][:150]} |")
+            continue
+        left = [f"{100 * row[name][1] / max(row[name][0], 1):.1f} %" for name in ("params", "macs")]
+        kind = "exact" if row["exact"] else "means" if row["comparable"] else "inexact"
+        why = "; ".join(reason for reason, _ in row.get("locks", [])[:2])
+        lines.append(
+            f"| {row['name']} | {row['seconds']} | {' | '.join(left)} | {kind} | {row['difference']:.0e} | {why} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def beside(rows: list[dict[str, Any]], peer: dict[str, Any]) -> list[str]:
+    """The same models by Torch-Pruning: how many were pruned, ran, lost their share and ran in onnxruntime."""
+    own = {row["name"]: row for row in rows}
+    theirs = [row for row in peer["rows"] if row["mode"] == "plain" and row["name"] in own]
+    ours = [own[row["name"]] for row in theirs]
+    return [
+        f"On the {len(theirs)} models that {peer['tool'].split(',')[0]} was run on as well:",
+        "",
+        "| | pruned | runs in onnxruntime | at least 40 % of the parameters gone | all |",
+        "|---|---|---|---|---|",
+        "| Torch-Pruning | {} | {} | {} | {} |".format(
+            *(sum(bool(row.get(column)) for row in theirs) for column in "adc"),
+            sum(all(row.get(column) for column in "abcd") for row in theirs),
+        ),
+        "| onnxprune | {0} | {0} | {1} | {1} |".format(
+            sum("error" not in row for row in ours),
+            sum("error" not in row and row["params"][1] <= 0.6 * row["params"][0] for row in ours),
+        ),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("sweep.json"))
+    parser.add_argument("--peer", type=Path, help="JSON of Torch-Pruning's results on the same models")
+    parser.add_argument("--table", type=Path, help="write a Markdown table too")
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit", type=float, default=900.0, help="seconds a model may take")
@@ -138,6 +197,8 @@ def main() -> None:
 
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(work, paths))
+    if given.table:
+        given.table.write_text(markdown(rows, given.peer))
     print(f"{len(rows)} models: {dict(Counter(map(verdict, rows)))}")
 
 
