@@ -13,6 +13,7 @@ from onnx import version_converter
 from onnx_ir.passes import common
 from onnxruntime import InferenceSession
 
+from onnxprune.arithmetic import simplify_shape_arithmetic
 from onnxprune.data import random_inputs
 from onnxprune.errors import ModelError
 from onnxprune.evaluate import (
@@ -27,7 +28,7 @@ from onnxprune.evaluate import (
     unoptimised,
 )
 from onnxprune.model import give_back, open_session, weight_bytes, weights_aside
-from onnxprune.shapes import SCHEME_KEY, add_initializer, schemes_to_try, simplify_shape_arithmetic
+from onnxprune.shapes import SCHEME_KEY, add_initializer, schemes_to_try
 from onnxprune.standin import needed, stand_in_session
 from onnxprune.unroll import unroll
 
