@@ -1,7 +1,7 @@
 """Shape arithmetic made readable: static sizes become constants, dynamic ones are read where they come from.
 
-Exporters compute the targets of Reshape and Expand from shapes, in a dozen nodes each. Rewritten, a target is a constant
-or a join of single numbers, so that a rule can tell which number belongs to which axis.
+Exporters compute the targets of Reshape and Expand from shapes, in a dozen nodes each. Rewritten, a target is a
+constant or a join of single numbers, so that a rule can tell which number belongs to which axis.
 """
 
 from __future__ import annotations
