@@ -66,12 +66,19 @@ def target(node: ir.Node) -> list[int | None] | None:
     join = node.inputs[1].producer() if node.inputs[1] is not None else None
     if join is None or join.op_type != "Concat":
         return None
-    parts = [constant(value) for value in join.inputs]
-    return (
-        None
-        if any(part is not None and part.size != 1 for part in parts)
-        else [None if part is None else int(part.reshape(-1)[0]) for part in parts]
-    )
+    named: list[int | None] = []
+    for value in join.inputs:
+        part = constant(value)
+        if (part is None and not _reads_one_size(value)) or (part is not None and part.size != 1):
+            return None
+        named.append(None if part is None else int(part.reshape(-1)[0]))
+    return named
+
+
+def _reads_one_size(value: ir.Value | None) -> bool:
+    """Whether a value is a single size, read off a shape."""
+    node = value.producer() if value is not None else None
+    return node is not None and node.op_type == "Shape" and integer(node, "end", -1) - integer(node, "start", 0) == 1
 
 
 def blocks(before: Sequence[Pair], after: Sequence[Pair]) -> list[Block] | None:
