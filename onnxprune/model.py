@@ -136,7 +136,7 @@ def _check_external_data(proto: onnx.ModelProto, file: Path) -> None:
 
 def external_files(path: Path) -> set[Path]:
     """The files beside a model that hold its external tensors."""
-    proto = onnx.load(str(path), load_external_data=False)
+    proto = _parse(path)
     names = {ExternalDataInfo(t).location for t in _all_tensors(proto) if uses_external_data(t)}
     return {path.resolve().parent / name for name in names}
 

@@ -20,7 +20,7 @@ SPACE = "a spatial axis"
 def conv(flow: Flow, node: ir.Node) -> None:
     """`x[b,(g i),*s], w[(g o),i,*k], b[(g o)] -> y[b,(g o),*s']`; a fused sum `[b,(g o),*s']` may follow.
 
-    Where channels lie along s and keep their number, they pass, inexactly: each reads its neighbours.
+    Where channels lie along s and keep their number, they pass: inexactly where each reads its neighbours.
     """
     x, w = flow.of(node.inputs[0]), flow.of(node.inputs[1])
     sizes = flow.shape(node.inputs[1])
@@ -34,11 +34,13 @@ def conv(flow: Flow, node: ir.Node) -> None:
 def _along_space(flow: Flow, node: ir.Node, x: tuple[Vector, ...]) -> list[Vector]:
     """The labels of the spatial axes behind a convolution: what is slid over one by one passes, the rest locks."""
     before, after, steps = flow.sizes(node.inputs[0]), flow.sizes(node.outputs[0]), integers(node, "strides") or []
+    kernel = flow.sizes(node.inputs[1]) or ()
     result: list[Vector] = [None] * (len(x) - 2)
     for axis, vector in enumerate(x[2:]):
         same = before is not None and after is not None and before[axis + 2] == after[axis + 2]
         if same and set(steps) <= {1}:
-            flow.inexact(vector)
+            if kernel[axis + 2] > 1:
+                flow.inexact(vector)
             result[axis] = vector
         else:
             flow.lock(vector, SPACE)
