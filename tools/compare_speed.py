@@ -26,8 +26,8 @@ NAMES = """
     squeezenet1_1 convnext_tiny fcn_resnet50 deeplabv3_resnet50 swin_t swin_v2_t
 """
 ARCHITECTURES = NAMES.split()
-REPEATS = 3
-LIMIT = 240.0  # seconds that one Torch-Pruning measurement may take
+REPEATS = 2
+LIMIT = 120.0  # seconds that one Torch-Pruning measurement may take
 CHAIN = (100, 1000, 10000)
 
 TORCH_SIDE = '''

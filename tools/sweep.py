@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit", type=float, default=900.0, help="seconds a model may take")
-    parser.add_argument("--only", nargs="*", default=[], help="parts of names")
+    parser.add_argument("--only", nargs="*", default=[], help="parts of names; other rows of an earlier table stay")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -187,7 +187,9 @@ def main() -> None:
         return
     paths = sorted(given.folder.resolve().glob("*.onnx"), key=lambda path: path.stat().st_size)
     paths = [path for path in paths if not given.only or any(part in path.name for part in given.only)]
-    rows: list[dict[str, Any]] = []
+    names = {path.stem for path in paths}
+    before = json.loads(given.output.read_text()) if given.only and given.output.exists() else []
+    rows: list[dict[str, Any]] = [row for row in before if row["name"] not in names]
 
     def work(path: Path) -> None:
         row = run_child(path, given.ratio, given.limit)
