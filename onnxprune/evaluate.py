@@ -38,6 +38,8 @@ def unoptimised() -> SessionOptions:
     """Options for a session that computes what the graph says, operator by operator."""
     options = SessionOptions()
     options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_cpu_mem_arena = False  # what isn't fused needs a lot of memory: it goes back at once
+    options.enable_mem_pattern = False
     return options
 
 

@@ -58,10 +58,7 @@ def stand_in_session(model: ir.Model) -> InferenceSession:
             node.replace_input_with(index, _product(copy, value, node))
         if users:
             copy.graph.initializers.pop(value.name or "")
-    options = unoptimised()
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
-    return open_session(copy, options)
+    return open_session(copy, unoptimised())
 
 
 def _product(model: ir.Model, value: ir.Value, user: ir.Node) -> ir.Value:
