@@ -28,13 +28,13 @@ from onnxprune.evaluate import (
     unoptimised,
 )
 from onnxprune.model import give_back, open_session, weight_bytes, weights_aside
-from onnxprune.shapes import SCHEME_KEY, add_initializer, schemes_to_try
+from onnxprune.shapes import SCHEME_KEY, add_initializer, dynamic_sizes, schemes_to_try
 from onnxprune.standin import needed, stand_in_session
 from onnxprune.unroll import unroll
 
 OLDEST_OPSET = 17  # LayerNormalization, and BatchNormalization as training knows it
 COMPATIBLE_OPSET = 13  # from here to there operators only gained attributes: what the converter lacks is as it was
-PAIRED = (0, 1)  # sizes after which others, in which first dimensions differ, are tried as well
+PAIRED = {0: 2, 1: 3}  # sizes, and others like them in which all first dimensions differ, that are tried as well
 OLDEST_IR = 8  # from 4 on, initializers needn't be inputs
 NEVER_FOLDED = {*RANDOM, "SequenceConstruct", "SequenceAt"}
 MOST_FOLDED = 2**26  # bytes of a folded constant, unless the model's weights are larger anyway
@@ -69,17 +69,22 @@ def _sizes_that_run(model: ir.Model) -> dict[int, Trial]:
     chance = any(node.op_type in RANDOM for node in model.graph)
     session: InferenceSession | None = None
     reason, found, model = ModelError(""), dict[int, Trial](), model.clone()
-    for index in schemes_to_try(model) or (0,):
+    pending, tried = list(schemes_to_try(model) or (0,)), list[object]()
+    while pending:
+        index = pending.pop(0)
         model.metadata_props[SCHEME_KEY] = str(index)
+        sizes = [dynamic_sizes(model, walk) for walk in (0, 1)]
+        if sizes in tried:
+            continue
+        tried.append(sizes)
         walks = [random_inputs(model, seed=0, batch=None, walk=walk) for walk in (0, 1)]
         if session is None or chance:  # random numbers start anew with each session
             session = stand_in_session(model) if needed(model) else open_session(comparable_form(model), unoptimised())
         try:
             found[index] = walks, [array for inputs in walks for array in run_session(session, inputs)]
+            pending = [PAIRED[index]] if index in PAIRED and len(found) == 1 else []
         except ModelError as error:
             reason = reason if str(reason) else error
-        if len(found) == 2 or (found and index not in PAIRED):
-            return found
     if not found:
         raise reason
     return found
