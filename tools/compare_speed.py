@@ -92,13 +92,13 @@ def torch_seconds(python: str, name: str) -> float | None:
         return None
 
 
-def compare(zoo: Path, python: str) -> list[dict[str, Any]]:
+def compare(zoo: Path, python: str, only: list[str]) -> list[dict[str, Any]]:
     """One row for each architecture, measured in turns."""
     from sweep import filled
 
     rows = []
     for name in ARCHITECTURES:
-        if not (zoo / f"{name}.onnx").exists():
+        if not (zoo / f"{name}.onnx").exists() or (only and name not in only):
             continue
         with tempfile.TemporaryDirectory() as folder:
             path = filled(zoo / f"{name}.onnx", Path(folder))
@@ -214,6 +214,7 @@ def main() -> None:
     parser.add_argument("zoo", type=Path, nargs="?")
     parser.add_argument("--torch-python")
     parser.add_argument("-o", "--output", type=Path, default=Path("speed.json"))
+    parser.add_argument("--only", nargs="*", default=[], help="names of architectures")
     parser.add_argument("--own", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -228,7 +229,7 @@ def main() -> None:
         found["growth"] = growth(Path(name))
         found["memory"] = memory(Path(name))
     if given.zoo and given.torch_python:
-        found["torch_pruning"] = compare(given.zoo.resolve(), given.torch_python)
+        found["torch_pruning"] = compare(given.zoo.resolve(), given.torch_python, given.only)
         ratios = [row["ratio"] for row in found["torch_pruning"] if "ratio" in row]
         found["median_ratio"] = statistics.median(ratios)
         print(f"median over {len(ratios)} architectures: {found['median_ratio']:.1f} times faster")
