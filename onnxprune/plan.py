@@ -22,6 +22,10 @@ class Removal:
     size: int
     removed: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if any(not 0 <= position < self.size for position in self.removed):
+            raise ValueError(f"positions outside an axis of size {self.size}")
+
     def kept(self) -> list[int]:
         """The positions that stay."""
         return [int(i) for i in np.setdiff1d(np.arange(self.size), self.removed)]
@@ -92,5 +96,5 @@ def load_plan(path: Path) -> Plan:
     """Reads plan.json. Raises `UsageError` when it isn't one."""
     try:
         return Plan.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: can't be read as a plan: {error}") from error

@@ -30,6 +30,22 @@ def test_two_cuts_compose_to_one_plan_for_the_baseline() -> None:
     assert mask_oracle(baseline, current, plan).difference < 1e-5
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not json",
+        "[]",
+        '{"format": "onnxprune-plan/1", "tensors": 5}',
+        '{"format": "onnxprune-plan/1", "tensors": {"v": [{"axis": 1, "size": 4, "removed": [7]}]}}',
+        '{"format": "onnxprune-plan/1", "tensors": {"v": [{"axis": 1}]}}',
+    ],
+)
+def test_what_is_no_plan_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(UsageError, match="plan"):
+        load_plan(tmp_path / "plan.json")
+
+
 def test_composition_translates_positions() -> None:
     first = Plan({"v": (Removal(1, 5, (0, 3)),)})
     second = Plan({"v": (Removal(1, 3, (1,)),), "w": (Removal(2, 4, (2,)),)})
