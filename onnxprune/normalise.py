@@ -98,9 +98,12 @@ def _normalised(model: ir.Model, sizes: int) -> ir.Model:
     model = _convert_opset(model)
     _clean(model)
     _fold_constants(model)
-    model = unroll(model, _fold_constants)
-    simplify_shape_arithmetic(model)
-    _fold_constants(model)
+    left, before = -1, None
+    while left != before and left != 0:  # a condition may hang on sizes that are known only behind another one
+        model = unroll(model, _fold_constants)
+        simplify_shape_arithmetic(model)
+        _fold_constants(model)
+        left, before = sum(node.op_type in ("If", "Loop") for node in model.graph), left
     _clean(model)
     _unshare_initializers(model)
     _name_everything(model)
