@@ -52,15 +52,16 @@ def masked_model(baseline: ir.Model, plan: Plan) -> ir.Model:
         value = values[name]
         dtype = value.dtype.numpy() if value.dtype is not None else _float_type(baseline)
         zero = add_initializer(model, f"{name}.zero", np.zeros((), dtype))
-        current, before = value, set(model.graph)
+        current, inside = value, set[ir.Node]()
         for removal in removals:
             keep = np.ones(removal.size, bool)
             keep[list(removal.removed)] = False
             shape = [1] * (_rank(value, removal.axis) - removal.axis)
             shape[0] = removal.size
             mask = add_initializer(model, f"{name}.mask", keep.reshape(shape))
-            current = _masked(model, current, mask, zero, f"{name}.masked{removal.axis}")
-        _redirect(value, current, set(model.graph) - before)
+            current, steps = _masked(model, current, mask, zero, f"{name}.masked{removal.axis}")
+            inside.update(steps)
+        _redirect(value, current, inside)
     for name, kept in plan.layers:
         _silence(model, name, kept)
     return model
@@ -81,8 +82,13 @@ def _silence(model: ir.Model, name: str, kept: str) -> None:
             node.replace_input_with(index, silent.outputs[0])
 
 
-def _masked(model: ir.Model, value: ir.Value, mask: ir.Value, zero: ir.Value, name: str) -> ir.Value:
-    """The value where the mask is true, zero elsewhere. Small integers, for which Where has no kernel, go as int32."""
+def _masked(
+    model: ir.Model, value: ir.Value, mask: ir.Value, zero: ir.Value, name: str
+) -> tuple[ir.Value, list[ir.Node]]:
+    """The value where the mask is true, zero elsewhere, and the nodes that make it so.
+
+    Small integers, for which Where has no kernel, go as int32.
+    """
     kind, steps = zero.dtype, list[ir.Node]()
 
     def add(op: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
@@ -101,7 +107,7 @@ def _masked(model: ir.Model, value: ir.Value, mask: ir.Value, zero: ir.Value, na
     producer = value.producer()
     assert producer is not None
     model.graph.insert_after(producer, steps)
-    return result
+    return result, steps
 
 
 def _redirect(value: ir.Value, masked: ir.Value, inside: set[ir.Node]) -> None:
