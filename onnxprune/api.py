@@ -22,6 +22,7 @@ from onnxprune.labels import analyse
 from onnxprune.labels.convolution import SPACE
 from onnxprune.labels.solve import Granularity
 from onnxprune.layers import choose_layers, drop_layers, find_layers, weight_scores
+from onnxprune.lineup import line_up, reorder
 from onnxprune.model import digest, external_files, open_model, save_model
 from onnxprune.normalise import normalise
 from onnxprune.plan import Plan, load_plan
@@ -77,23 +78,26 @@ def prune(
 
     `round_to` rounds widths up to a multiple (None: what convolutions like). `kinds` restricts the cut to some kinds of
     groups. `layers` residual layers, those of the smallest weights, are dropped first; with a ratio of 0 nothing else
-    goes. Writes the pruned model to `output`, the plan to `plan` and the normalised model whose value names the plan
-    uses to `baseline`. The result has been run in onnxruntime and compared with the mask oracle. Raises subclasses of
-    `OnnxPruneError`.
+    goes. Writes the pruned model to `output`, the plan to `plan` and the normalised model whose names and positions the
+    plan uses to `baseline`. The result has been run in onnxruntime and compared with the mask oracle. Raises subclasses
+    of `OnnxPruneError`.
     """
     if not 0 <= ratio < 1 or (ratio == 0 and layers is None):
         raise UsageError(f"--ratio {ratio:g}: give the share of units to remove, between 0 and 1")
     _check_outputs(model, [output, plan, baseline])
-    normal = normalise(open_model(model))
+    units = prunable(normalise(open_model(model)), str(model), granularity, kinds)
+    normal, moved = line_up(units, criterion, seed)
     thinner, dropped = _without_layers(normal, layers)
-    units = prunable(thinner, str(model), granularity, kinds)
+    if moved or dropped.layers:
+        units = prunable(thinner, str(model), granularity, kinds)
     scores = normalise_scores(units, score_units(units, criterion, seed), scope)
     if scope == "layer":
         alive = survivors_by_share(units, scores, ratio, Rounding(round_to))
     else:
         alive = _share_of_all(units, scores, ratio, Rounding(round_to))
     pruned, cut_plan = cut(units, alive)
-    return _finish(normal, pruned, dropped.then(cut_plan), (units, alive), output, plan, baseline)
+    done = Plan({}, reordered=moved).then(dropped).then(cut_plan)
+    return _finish(normal, pruned, done, (units, alive), output, plan, baseline)
 
 
 def _without_layers(model: ir.Model, layers: int | Literal["auto"] | None) -> tuple[ir.Model, Plan]:
@@ -156,7 +160,7 @@ def apply(
     """
     _check_outputs(model, [output, new_plan, baseline])
     wanted = load_plan(Path(plan))
-    normal = normalise(open_model(model))
+    normal = reorder(normalise(open_model(model)), wanted.reordered)
     thinner, dropped = drop_layers(normal, [name for name, _ in wanted.layers])
     granularities: tuple[Granularity, ...] = ("auto", "rows", "columns")
     for granularity in granularities:
@@ -164,7 +168,8 @@ def apply(
         alive = _alive_by(wanted, units)
         pruned, cut_plan = cut(units, alive)
         if cut_plan.tensors == wanted.tensors:
-            return _finish(normal, pruned, dropped.then(cut_plan), (units, alive), output, new_plan, baseline)
+            done = Plan({}, reordered=wanted.reordered).then(dropped).then(cut_plan)
+            return _finish(normal, pruned, done, (units, alive), output, new_plan, baseline)
     differing = sorted(
         name
         for name in {**cut_plan.tensors, **wanted.tensors}

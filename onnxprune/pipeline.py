@@ -31,10 +31,11 @@ from onnxprune.finalise import finalise
 from onnxprune.judge import Judge
 from onnxprune.labels import analyse
 from onnxprune.layers import choose_layers, drop_layers, find_layers, influence_scores, weight_scores
+from onnxprune.lineup import line_up
 from onnxprune.model import open_model, save_model
 from onnxprune.normalise import normalise
 from onnxprune.options import RESOURCES, RunOptions
-from onnxprune.plan import Plan, load_plan
+from onnxprune.plan import Plan, Reordering, load_plan
 from onnxprune.progress import Listener
 from onnxprune.repair import reestimate_batch_norm
 from onnxprune.report import Report, Side, latency_sides, versions, widths
@@ -101,6 +102,9 @@ def run(
     listener.stage("opening and normalising the model")
     baseline = normalise(open_model(source))
     units = prunable(baseline, str(source), options.granularity, options.kinds)
+    baseline, moved = line_up(units, options.criterion, options.seed)
+    if moved:
+        units = prunable(baseline, str(source), options.granularity, options.kinds)
     train, evaluation = _load(baseline, data, eval_data, images, options, notes)
     judge = Judge(
         baseline, evaluation, find_metric(options.metric, evaluation), options.threads, bool(data or eval_data)
@@ -110,7 +114,7 @@ def run(
         save_model(baseline, folder / "baseline.onnx")
     for note in notes:
         listener.note(note)
-    return Run(source, target, folder, baseline, units, train, judge, options, listener, notes).execute()
+    return Run(source, target, folder, baseline, moved, units, train, judge, options, listener, notes).execute()
 
 
 def _load(
@@ -151,6 +155,7 @@ class Run:
     output: Path
     folder: Path
     baseline: ir.Model
+    moved: tuple[Reordering, ...]  # in the baseline, before anything was cut
     units: Units
     train: Dataset | None
     judge: Judge
@@ -223,8 +228,9 @@ class Run:
 
     def _without_layers(self) -> State:
         """What the first round starts from: the baseline, without the residual layers that matter least."""
+        start = Plan({}, reordered=self.moved)
         if self.options.layers is None:
-            return State(self.baseline, Plan({}))
+            return State(self.baseline, start)
         layers, wanted = find_layers(self.baseline), self.options.layers
         if self.train is None:
             scores = weight_scores(layers)
@@ -232,7 +238,8 @@ class Run:
             scores = influence_scores(self.baseline, layers, self.train, self.options.threads)
         chosen = choose_layers(layers, scores, None if wanted == "auto" else wanted)
         self.note(f"layers dropped: {', '.join(layer.name for layer in chosen) or 'none'}")
-        return State(*drop_layers(self.baseline, [layer.name for layer in chosen]))
+        model, dropped = drop_layers(self.baseline, [layer.name for layer in chosen])
+        return State(model, start.then(dropped))
 
     def note(self, text: str) -> None:
         """Something the user should know; it stands in the report too."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxprune.errors import UsageError
 
@@ -32,16 +33,56 @@ class Removal:
 
 
 @dataclass(frozen=True)
+class Reordering:
+    """Positions of an initializer's `axis` that were moved before the cut: `order` says where each came from.
+
+    With `along`, every position of that other axis has an order of its own: a row of `order`.
+    """
+
+    initializer: str
+    axis: int
+    order: NDArray[np.int64]
+    along: int | None = None
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape can be reordered so."""
+        axes = (self.axis,) if self.along is None else (self.along, self.axis)
+        ranks = all(0 <= axis < len(shape) for axis in axes)
+        sorts = np.array_equal(np.sort(self.order), np.broadcast_to(np.arange(self.order.shape[-1]), self.order.shape))
+        return ranks and sorts and self.order.shape == tuple(shape[axis] for axis in axes)
+
+    def apply(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The tensor with its positions moved."""
+        if self.along is None:
+            return np.take(array, self.order, self.axis)
+        order = self.order if self.along < self.axis else self.order.T
+        shape = [size if axis in (self.along, self.axis) else 1 for axis, size in enumerate(array.shape)]
+        return np.take_along_axis(array, order.reshape(shape), self.axis)
+
+    def to_json(self) -> dict[str, Any]:
+        """The reordering as JSON."""
+        return {"initializer": self.initializer, "axis": self.axis, "along": self.along, "order": self.order.tolist()}
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> Reordering:
+        """The reordering in what `to_json` made."""
+        order = np.array(content["order"], np.int64)
+        return Reordering(content["initializer"], int(content["axis"]), order, content["along"])
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a cut removes: positions of activation tensors by value name, nodes, and which nodes make it inexact.
 
     `layers` names, for each layer that was dropped, the node that added it and the value that stays in its place.
+    `reordered` says how positions were moved in the model before that: the baseline has them moved already.
     """
 
     tensors: dict[str, tuple[Removal, ...]]
     removed_nodes: tuple[str, ...] = ()
     inexact_nodes: tuple[str, ...] = ()
     layers: tuple[tuple[str, str], ...] = ()
+    reordered: tuple[Reordering, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -63,7 +104,7 @@ class Plan:
             tensors[name] = tuple(merged[axis] for axis in sorted(merged))
         inexact = tuple(sorted({*self.inexact_nodes, *later.inexact_nodes}))
         nodes = (*self.removed_nodes, *later.removed_nodes)
-        return Plan(tensors, nodes, inexact, (*self.layers, *later.layers))
+        return Plan(tensors, nodes, inexact, (*self.layers, *later.layers), (*self.reordered, *later.reordered))
 
     def to_json(self, model_sha256: str) -> dict[str, Any]:
         """The plan as JSON, bound to a baseline model by its digest."""
@@ -77,6 +118,7 @@ class Plan:
             "removed_nodes": list(self.removed_nodes),
             "inexact_nodes": list(self.inexact_nodes),
             "layers": [{"node": node, "kept": kept} for node, kept in self.layers],
+            "reordered": [each.to_json() for each in self.reordered],
         }
 
     @staticmethod
@@ -89,7 +131,8 @@ class Plan:
             for name, removals in content["tensors"].items()
         }
         layers = tuple((layer["node"], layer["kept"]) for layer in content.get("layers", []))
-        return Plan(tensors, tuple(content["removed_nodes"]), tuple(content["inexact_nodes"]), layers)
+        reordered = tuple(Reordering.from_json(each) for each in content.get("reordered", []))
+        return Plan(tensors, tuple(content["removed_nodes"]), tuple(content["inexact_nodes"]), layers, reordered)
 
 
 def load_plan(path: Path) -> Plan:

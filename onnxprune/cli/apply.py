@@ -9,8 +9,8 @@ import click
 
 from onnxprune.api import apply
 from onnxprune.cli.options import with_json
-from onnxprune.cli.output import print_json, say, show
-from onnxprune.cli.prune import costs_table
+from onnxprune.cli.output import print_json
+from onnxprune.cli.prune import show_result
 
 
 @click.command("apply", short_help="Repeat a plan on a model of the same architecture.")
@@ -26,6 +26,5 @@ def apply_command(plan: Path, model: Path, as_json: bool, **given: Any) -> int:
     if as_json:
         print_json(result.to_json())
         return 0
-    show(costs_table(result))
-    say(f"written: {result.output} (runs in onnxruntime; not fine-tuned: accuracy was not measured)")
+    show_result(result)
     return 0

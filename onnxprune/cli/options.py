@@ -47,9 +47,9 @@ class Layers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
 KINDS_OPTION = click.option(
     "--kinds",
-    default="",
+    multiple=True,
     metavar="K[,K…]",
-    callback=lambda ctx, param, value: tuple(kind for kind in value.split(",") if kind),
+    callback=lambda ctx, param, values: tuple(kind for value in values for kind in value.split(",") if kind),
     help="Cut only these kinds of groups: width, residual, group, head, qk, value, hidden.",
 )
 LAYERS_OPTION = click.option(

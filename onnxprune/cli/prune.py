@@ -43,12 +43,17 @@ def prune_command(model: Path, as_json: bool, **given: Any) -> int:
     if as_json:
         print_json(result.to_json())
         return 0
+    show_result(result)
+    return 0
+
+
+def show_result(result: PruneResult) -> None:
+    """What one cut did, and how it was checked."""
     show(costs_table(result))
     checked = "equal to the masked model" if result.compared else f"inexact at {len(result.plan.inexact_nodes)} nodes"
     if result.compared and not result.plan.exact:
         checked += f" with the means of {len(result.plan.inexact_nodes)} nodes taken over what is left"
     say(f"written: {result.output} (runs in onnxruntime; {checked}; not fine-tuned: accuracy was not measured)")
-    return 0
 
 
 def costs_table(result: PruneResult) -> Table:

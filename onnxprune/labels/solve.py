@@ -21,10 +21,14 @@ Granularity = Literal["rows", "columns", "auto"]
 
 @dataclass(frozen=True)
 class Solution:
-    """What the analysis found. Arrays are indexed by label (`component`) or by component."""
+    """What the analysis found. Arrays are indexed by label (`component`, `atom`) or by component.
+
+    An atom is what the rules' own ties hold together; the axis along which each rectangle is cut ties atoms to units.
+    """
 
     flow: Flow
     component: NDArray[np.int64]
+    atom: NDArray[np.int64]
     locked: NDArray[np.bool_]
     inexact_nodes: dict[int, set[str]]
 
@@ -109,8 +113,8 @@ def _captured(node: ir.Node) -> list[ir.Value]:
 
 def _solve(flow: Flow, granularity: Granularity) -> Solution:
     pending = list(flow.rectangles)
+    atom = component = _components(flow)
     while True:
-        component = _components(flow)
         locked = _locked(flow, component)
         if not pending:
             break
@@ -126,12 +130,12 @@ def _solve(flow: Flow, granularity: Granularity) -> Solution:
             touched[members] = True
         for rectangle in settled:
             _settle(flow, rectangle, component, locked, granularity)
-        pending = rest
+        component, pending = _components(flow), rest
     inexact: dict[int, set[str]] = {}
     for labels, node in flow.inexact_labels:
         for item in np.unique(component[labels]):
             inexact.setdefault(int(item), set()).add(node)
-    return Solution(flow, component, locked, inexact)
+    return Solution(flow, component, atom, locked, inexact)
 
 
 def _components(flow: Flow) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.cut import cut
 from onnxprune.labels import analyse
+from onnxprune.lineup import line_up
 from onnxprune.units import find_units
 from onnxprune.verify import mask_oracle
 from tests.graphs import random_cut
@@ -160,7 +161,9 @@ def check_random_graph(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(2, 12))):
         builder.grow()
     model = builder.model()
-    units = find_units(analyse(model, data.draw(st.sampled_from(["auto", "rows", "columns"]))))
+    granularity = data.draw(st.sampled_from(["auto", "rows", "columns"]))
+    model, _ = line_up(find_units(analyse(model, granularity)), "random")
+    units = find_units(analyse(model, granularity))
     pruned, plan = cut(units, random_cut(units, builder.rng, data.draw(st.sampled_from([0.3, 0.6, 0.9]))))
     result = mask_oracle(model, pruned, plan, seeds=(0,))
     neighbours = {node.name for node in model.graph if node.attributes.get("pads") is not None}
