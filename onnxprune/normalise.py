@@ -36,7 +36,7 @@ OLDEST_OPSET = 17  # LayerNormalization, and BatchNormalization as training know
 COMPATIBLE_OPSET = 13  # from here to there operators only gained attributes: what the converter lacks is as it was
 PAIRED = {0: 2, 1: 3}  # sizes, and others like them in which all first dimensions differ, that are tried as well
 OLDEST_IR = 8  # from 4 on, initializers needn't be inputs
-NEVER_FOLDED = {*RANDOM, "SequenceConstruct", "SequenceAt"}
+NEVER_FOLDED = {*RANDOM, "SequenceConstruct", "SequenceAt", "DequantizeLinear"}  # weights stay quantised
 MOST_FOLDED = 2**26  # bytes of a folded constant, unless the model's weights are larger anyway
 
 
@@ -156,11 +156,7 @@ def _convert_opset(model: ir.Model) -> ir.Model:
 
 
 def _fold_constants(model: ir.Model) -> None:
-    """Computes what depends on initializers alone: the constant part of a graph is a model without inputs, run once.
-
-    Weights that are stored as integers in a model that computes in floats become floats that way; those of a quantised
-    model stay as they are.
-    """
+    """Computes what depends on initializers alone: the constant part of a graph is a model without inputs, run once."""
     nodes = _constant_nodes(model)
     if not nodes:
         return
@@ -179,7 +175,6 @@ def _fold_constants(model: ir.Model) -> None:
 
 def _constant_nodes(model: ir.Model) -> list[ir.Node]:
     """The nodes, in order, whose inputs are all constant; none that draw random numbers or make graph outputs."""
-    quantised = any(node.op_type == "QuantizeLinear" for node in model.graph)
     known = {value for value in model.graph.initializers.values() if not value.is_graph_input()}
     found = []
     for node in model.graph:
@@ -188,7 +183,6 @@ def _constant_nodes(model: ir.Model) -> list[ir.Node]:
             inputs
             and known.issuperset(inputs)
             and node.op_type not in NEVER_FOLDED
-            and not (quantised and node.op_type == "DequantizeLinear")
             and not any(value.is_graph_output() for value in node.outputs)
             and all(a.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
         ):

@@ -154,7 +154,6 @@ def multi_head(flow: Flow, node: ir.Node) -> None:
         for flat, start, end in zip(flats, edges[:-1], edges[1:], strict=True):
             flow.tie(None if whole is None else whole[start:end], flat)
     rows, inner = attend(flow, q, k, v, (heads, heads))
-    flow.lock_all(flow.of(given(node, 4)), "attention reads it as a mask")
     _bias_axis(flow, node, 5, rows)
     _caches(flow, node, (6, 7), (1, 2), k, v)
     size = (flow.shape(node.outputs[0]) or (0,))[-1] or 0

@@ -144,7 +144,7 @@ def pool(flow: Flow, node: ir.Node) -> None:
     x = flow.of(node.inputs[0])
     flow.lock_all(x[2:], SPACE)
     vectors = x[:2] + (None,) * max(len(x) - 2, 0)
-    if len(node.outputs) > 1 and node.outputs[1].uses():
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
         flow.lock(x[1], "MaxPool's indices count channels")
     flow.give(node.outputs[0], vectors)
 

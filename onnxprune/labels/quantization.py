@@ -21,20 +21,15 @@ BOTH = ("QuantizeLinear", "DequantizeLinear", "com.microsoft::QuantizeLinear", "
 def quantize(flow: Flow, node: ir.Node) -> None:
     """`x, scale, zero -> y` of the same shape; scale and zero are numbers, or vectors along the quantised axis."""
     x = flow.of(node.inputs[0])
-    axis = integer(node, "axis", 1)
+    axis = integer(node, "axis", 1) % max(len(x), 1)
     for value in node.inputs[1:]:
-        sizes = flow.shape(value) or ()
-        if len(sizes) == 1 and sizes[0] != 1:
-            flow.tie(flow.of(value)[0], x[axis])
-        elif len(sizes) > 1:  # in blocks
-            flow.lock_all(flow.of(value), "it is quantised in blocks")
-            flow.lock(x[axis], "it is quantised in blocks")
-            for other, vector in enumerate(flow.of(value)):
-                if other != axis:
-                    flow.lock(x[other], "it is quantised in blocks")
-                    flow.lock(vector, "it is quantised in blocks")
-        else:
-            flow.of(value)
+        scales = flow.of(value)
+        if len(scales) == 1 and (flow.shape(value) or ())[0] != 1:
+            flow.tie(scales[0], x[axis])
+        elif len(scales) > 1:  # in blocks along the axis
+            flow.lock_all((scales[axis], x[axis]), "it is quantised in blocks")
+            for other in set(range(len(x))) - {axis}:
+                flow.tie(scales[other], x[other])
     flow.give(node.outputs[0], x)
 
 

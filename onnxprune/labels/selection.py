@@ -119,14 +119,8 @@ def slice_bounds(flow: Flow, node: ir.Node, rank: int) -> dict[int, slice] | Non
     axes = axes if axes is not None else list(range(len(starts)))
     steps = steps if steps is not None else [1] * len(starts)
     return {
-        axis % rank: step_slice(start, end, step)
-        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True)
+        axis % rank: slice(start, end, step) for start, end, axis, step in zip(starts, ends, axes, steps, strict=True)
     }
-
-
-def step_slice(start: int, end: int, step: int) -> slice:
-    """A slice as ONNX means it: running backwards, an end far below zero is before the first position."""
-    return slice(start, None if step < 0 and end <= -(2**31) else end, step)
 
 
 @resize("Slice")
@@ -146,7 +140,7 @@ def resize_slice(cut: Cut, node: ir.Node) -> None:
             first, last, _ = slice(starts[i], ends[i]).indices(len(vector))
             starts[i], ends[i] = cut.kept_before(vector, first), cut.kept_before(vector, last)
         elif not cut.is_kept(vector).all():  # what is left of every other position is named one by one
-            wanted = np.arange(len(vector))[step_slice(starts[i], ends[i], step)]
+            wanted = np.arange(len(vector))[starts[i] : ends[i] : step]
             kept = [cut.kept_before(vector, int(j)) for j in wanted if cut.is_kept(vector)[j]]
             cut.pick(node, axis % len(vectors), kept)
             starts[i], ends[i], steps[i] = 0, 2**31 - 1, 1

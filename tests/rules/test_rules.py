@@ -199,6 +199,12 @@ EXACT = {
     "packed weights whose scales lie in one row": ([8], "(float[N,4,32] x, uint8[8,2,8] w, float[16] s, float[8,5] g)"
         "=> (float[N,4,5] y) { h = com.microsoft.MatMulNBits<K=32, N=8, bits=4, block_size=16>(x, w, s)"
         "r = Relu(h) y = MatMul(r, g) }"),
+    "quantised in blocks": ([6], "(float[N,4] x, int8[4,6] w, float[2,6] s, int8[2,6] z, float[6,5] g)"
+        "=> (float[N,5] y) { d = DequantizeLinear<axis=0, block_size=2>(w, s, z) h = MatMul(x, d) r = Relu(h)"
+        "y = MatMul(r, g) }"),
+    "quantised in blocks along the last axis": ([6], "(float[N,4] x, int8[6,4] w, float[6,2] s, float[6,5] g)"
+        "=> (float[N,5] y) { d = DequantizeLinear<axis=-1, block_size=2>(w, s) t = Transpose<perm=[1,0]>(d)"
+        "h = MatMul(x, t) r = Relu(h) y = MatMul(r, g) }"),
     "integer convolution": ([8], "(float[N,3,6,6] x, float[8,3,1,1] u, int8[5,8,1,1] w) => (float[N,5,6,6] y)"
         "{ h = Conv(x, u) r = Relu(h) q, s, z = DynamicQuantizeLinear(r) m = ConvInteger(q, w, z) c = Cast<to=1>(m)"
         "y = Mul(c, s) }"),
@@ -267,6 +273,11 @@ INEXACT = {
         "=> (float[2,5,6,6] y) <int64[3] flat = {2,1,8}, int64[4] back = {2,8,1,1}> { h = Conv(x, w)"
         "g = GlobalAveragePool(h) f = Reshape(g, flat) c = Conv<pads=[1,1]>(f, e) s = Sigmoid(c) b = Reshape(s, back)"
         "m = Mul(h, b) y = Conv(m, v) }"),
+    "group norm over channels in the last axis": ([8], "(float[N,4,6] x, float[6,8] f, float[4] s, float[4] b,"
+        "float[8,5] g) => (float[N,4,5] y) { h = MatMul(x, f) n = GroupNormalization<num_groups=2>(h, s, b)"
+        "y = MatMul(n, g) }"),
+    "skip of constant positions": ([8], "(float[2,4,6] x, float[6,8] f, float[2,4,8] p, float[8] s, float[8,5] g)"
+        "=> (float[2,4,5] y) { h = MatMul(x, f) n = com.microsoft.SkipLayerNormalization(h, p, s) y = MatMul(n, g) }"),
     "embedding and norm": ([8], "(int32[2,4] ids, float[9,8] t, float[4,8] p, float[8] s, float[8] b, float[8,5] g)"
         "=> (float[2,4,5] y) { h, m = com.microsoft.EmbedLayerNormalization(ids, , t, p, , s, b) y = MatMul(h, g) }"),
     "smallest over channels": ([8], "(float[N,3,4,4] x, float[8,3,1,1] w, float[5,8,1,1] v) => (float[N,5,4,4] y)"
@@ -296,8 +307,16 @@ LOCKED = {
         "{ h = MatMul(x, f) c = CumSum(h, one) y = MatMul(c, g) }",
     "triangle over channels": "(float[2,4,6] x, float[6,4] f, float[4,5] g) => (float[2,4,5] y)"
         "{ h = MatMul(x, f) t = Trilu(h) y = MatMul(t, g) }",
-    "in blocks": "(float[N,4] x, int8[4,6] w, float[2,6] s, float[6,5] g) => (float[N,5] y)"
-        "{ d = DequantizeLinear<axis=0, block_size=2>(w, s) h = MatMul(x, d) r = Softmax(h) y = MatMul(r, g) }",
+    "the axis of blocks": "(float[N,3] x, float[3,4] f, int8[4,6] w, float[2,6] s) => (float[N,6] y)"
+        "{ h = MatMul(x, f) d = DequantizeLinear<axis=0, block_size=2>(w, s) y = MatMul(h, d) }",
+    "packed weights whose last block isn't full": "(float[N,4,6] x, float[6,24] f, uint8[5,2,8] w, float[5,2] s)"
+        "=> (float[N,4,5] y) { h = MatMul(x, f)"
+        "y = com.microsoft.MatMulNBits<K=24, N=5, bits=4, block_size=16>(h, w, s) }",
+    "pooling that says where": "(float[N,3,6,6] x, float[8,3,1,1] w, float[5,8,1,1] v)"
+        "=> (float[N,5,3,3] y, int64[N,8,3,3] i) { h = Conv(x, w)"
+        "p, i = MaxPool<kernel_shape=[2,2], strides=[2,2]>(h) y = Conv(p, v) }",
+    "a convolution slides over them": "(float[N,3,6] x, float[6,8] f, float[5,3,3] w) => (float[N,5,6] y)"
+        "{ h = MatMul(x, f) y = Conv(h, w) }",
     "product over channels": "(float[N,6] x, float[6,4] f) => (float[N,1] y) <int64[1] axes = {1}>"
         "{ h = MatMul(x, f) y = ReduceProd(h, axes) }",
     "unknown operator": "(float[N,6] x, float[6,4] f, float[4,5] g) => (float[N,5] y)"
@@ -356,6 +375,37 @@ def test_locked_with_a_reason(name: str) -> None:
     units = check_oracle(graph(LOCKED[name]))
     assert not [group for group in units.groups if len(group.units) > 1]
     assert units.solution.lock_reasons()
+
+
+@pytest.mark.parametrize("granularity", ["rows", "columns"])
+def test_past_keys_and_values_from_outside_are_locked(granularity: str) -> None:
+    text = """(float[2,4,6] x, float[6,12] a, float[6,12] b, float[6,12] c, float[2,3,5,4] pk, float[2,3,5,4] pv,
+    float[12,5] o) => (float[2,4,5] y, float[2,3,9,4] nk, float[2,3,9,4] nv)
+    { q = MatMul(x, a) k = MatMul(x, b) v = MatMul(x, c)
+      h, nk, nv = com.microsoft.MultiHeadAttention<num_heads=3>(q, k, v, , , , pk, pv) y = MatMul(h, o) }"""
+    units = check_oracle(graph(text, ("x", "pk", "pv")), granularity=granularity)
+    assert not units.groups
+
+
+def test_a_padding_mask_is_read_as_it_is() -> None:
+    text = """(float[2,4,6] x, float[6,12] a, float[6,12] b, float[6,12] c, float[12,5] o) => (float[2,4,5] y)
+    <int32[2,4] m = {1,1,1,0,1,1,0,0}> { q = MatMul(x, a) k = MatMul(x, b) v = MatMul(x, c)
+      h = com.microsoft.MultiHeadAttention<num_heads=3>(q, k, v, , m) y = MatMul(h, o) }"""
+    units = check_oracle(graph(text))
+    assert [len(group.units) for group in units.groups] == [3]
+
+
+KINDS_OF = {
+    "residual": ["residual", "width"],
+    "attention by heads": ["head"],
+    "grouped": ["width", "width"],
+    "conv": ["width"],
+}
+
+
+@pytest.mark.parametrize("name", KINDS_OF)
+def test_kinds(name: str) -> None:
+    assert [group.kind for group in find_units(analyse(graph(EXACT[name][1]))).groups] == KINDS_OF[name]
 
 
 def test_indexed_by_data_is_locked() -> None:
