@@ -19,17 +19,17 @@ BOTH = ("QuantizeLinear", "DequantizeLinear", "com.microsoft::QuantizeLinear", "
 
 @rule(*BOTH)
 def quantize(flow: Flow, node: ir.Node) -> None:
-    """`x, scale, zero -> y` of the same shape; scale and zero are numbers, or vectors along the quantised axis."""
+    """`x, scale, zero -> y` of the same shape; scale and zero are numbers, or go along an axis, one by one or by blocks."""
     x = flow.of(node.inputs[0])
     axis = integer(node, "axis", 1) % max(len(x), 1)
     for value in node.inputs[1:]:
         scales = flow.of(value)
         if len(scales) == 1 and (flow.shape(value) or ())[0] != 1:
             flow.tie(scales[0], x[axis])
-        elif len(scales) > 1:  # in blocks along the axis
-            flow.lock_all((scales[axis], x[axis]), "it is quantised in blocks")
-            for other in set(range(len(x))) - {axis}:
-                flow.tie(scales[other], x[other])
+        elif len(scales) > 1:
+            for other, blocks in enumerate(scales):
+                size = integer(node, "block_size", 1) if other == axis else 1
+                flow.tie(None if blocks is None else np.repeat(blocks, size), x[other], "it is quantised in blocks")
     flow.give(node.outputs[0], x)
 
 

@@ -205,6 +205,8 @@ EXACT = {
     "quantised in blocks along the last axis": ([6], "(float[N,4] x, int8[6,4] w, float[6,2] s, float[6,5] g)"
         "=> (float[N,5] y) { d = DequantizeLinear<axis=-1, block_size=2>(w, s) t = Transpose<perm=[1,0]>(d)"
         "h = MatMul(x, t) r = Relu(h) y = MatMul(r, g) }"),
+    "whole blocks": ([3], "(float[N,3] x, float[3,12] f, int8[12,6] w, float[3,6] s) => (float[N,6] y)"
+        "{ h = MatMul(x, f) d = DequantizeLinear<axis=0, block_size=4>(w, s) y = MatMul(h, d) }"),
     "integer convolution": ([8], "(float[N,3,6,6] x, float[8,3,1,1] u, int8[5,8,1,1] w) => (float[N,5,6,6] y)"
         "{ h = Conv(x, u) r = Relu(h) q, s, z = DynamicQuantizeLinear(r) m = ConvInteger(q, w, z) c = Cast<to=1>(m)"
         "y = Mul(c, s) }"),
@@ -307,7 +309,7 @@ LOCKED = {
         "{ h = MatMul(x, f) c = CumSum(h, one) y = MatMul(c, g) }",
     "triangle over channels": "(float[2,4,6] x, float[6,4] f, float[4,5] g) => (float[2,4,5] y)"
         "{ h = MatMul(x, f) t = Trilu(h) y = MatMul(t, g) }",
-    "the axis of blocks": "(float[N,3] x, float[3,4] f, int8[4,6] w, float[2,6] s) => (float[N,6] y)"
+    "blocks that aren't full": "(float[N,3] x, float[3,5] f, int8[5,6] w, float[3,6] s) => (float[N,6] y)"
         "{ h = MatMul(x, f) d = DequantizeLinear<axis=0, block_size=2>(w, s) y = MatMul(h, d) }",
     "packed weights whose last block isn't full": "(float[N,4,6] x, float[6,24] f, uint8[5,2,8] w, float[5,2] s)"
         "=> (float[N,4,5] y) { h = MatMul(x, f)"
