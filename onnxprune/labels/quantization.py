@@ -19,7 +19,7 @@ BOTH = ("QuantizeLinear", "DequantizeLinear", "com.microsoft::QuantizeLinear", "
 
 @rule(*BOTH)
 def quantize(flow: Flow, node: ir.Node) -> None:
-    """`x, scale, zero -> y` of the same shape; scale and zero are numbers, or go along an axis, one by one or by blocks."""
+    """`x, scale, zero -> y` of the same shape; scale and zero are numbers, or go along an axis, by one or by block."""
     x = flow.of(node.inputs[0])
     axis = integer(node, "axis", 1) % max(len(x), 1)
     for value in node.inputs[1:]:
