@@ -104,7 +104,7 @@ def _without_layers(model: ir.Model, layers: int | Literal["auto"] | None) -> tu
     if layers is None:
         return model, Plan({})
     found = find_layers(model)
-    scores = weight_scores(found)
+    scores = weight_scores(model, found)
     if layers == "auto":  # those that stand out as small
         layers = int((np.array(scores) < np.mean(scores or [0]) - np.std(scores or [0])).sum())
     return drop_layers(model, [layer.name for layer in choose_layers(found, scores, layers)])

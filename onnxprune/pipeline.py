@@ -233,7 +233,7 @@ class Run:
             return State(self.baseline, start)
         layers, wanted = find_layers(self.baseline), self.options.layers
         if self.train is None:
-            scores = weight_scores(layers)
+            scores = weight_scores(self.baseline, layers)
         else:
             scores = influence_scores(self.baseline, layers, self.train, self.options.threads)
         chosen = choose_layers(layers, scores, None if wanted == "auto" else wanted)

@@ -15,6 +15,7 @@ from onnxprune.compensate import compensate
 from onnxprune.data import random_inputs
 from onnxprune.errors import ModelError
 from onnxprune.evaluate import all_shapes, comparable_form, relative_difference, run_model, run_on_all, tolerance
+from onnxprune.labels.pointwise import SUMS
 from onnxprune.plan import Plan
 from onnxprune.shapes import add_initializer, dynamic_sizes
 from onnxprune.standin import needed, stand_in_session
@@ -46,6 +47,8 @@ def masked_model(baseline: ir.Model, plan: Plan) -> ir.Model:
     """
     model = baseline.clone()
     values = {value.name: value for node in model.graph for value in node.outputs}
+    values.update({value.name: value for value in model.graph.inputs})
+    latest: dict[str, ir.Value] = {}  # what takes the place of a value
     for name, removals in plan.tensors.items():
         if name not in values:
             raise ModelError(f"the plan names {name!r}, which the baseline lacks; is it the plan of another model?")
@@ -62,24 +65,33 @@ def masked_model(baseline: ir.Model, plan: Plan) -> ir.Model:
             current, steps = _masked(model, current, mask, zero, f"{name}.masked{removal.axis}")
             inside.update(steps)
         _redirect(value, current, inside)
+        latest[name] = current
     for name, kept in plan.layers:
-        _silence(model, name, kept)
+        _silence(model, name, latest.get(kept, values.get(kept)), latest)
     return model
 
 
-def _silence(model: ir.Model, name: str, kept: str) -> None:
-    """Multiplies by zero what a dropped layer adds to the value that is `kept`."""
-    node = next((node for node in model.graph if node.name == name), None)
-    if node is None:
+def _silence(model: ir.Model, name: str, kept: ir.Value | None, latest: dict[str, ir.Value]) -> None:
+    """Multiplies by zero what a dropped layer adds to the value that is `kept`, or what it makes instead of it."""
+    last = next((node for node in model.graph if node.name == name), None)
+    if last is None or kept is None:
         raise ModelError(f"the plan drops layer {name!r}, which the baseline lacks; is it the plan of another model?")
-    for index, value in enumerate(node.inputs):
-        if value is not None and (value.name or "").split(".masked")[0] != kept:
-            kind = value.dtype.numpy() if value.dtype is not None else _float_type(model)
-            zero = add_initializer(model, f"{name}.silent", np.zeros((), kind))
-            silent = ir.node("Mul", [value, zero], name=f"{name}.silenced")
-            silent.outputs[0].name = silent.name
-            model.graph.insert_before(node, silent)
-            node.replace_input_with(index, silent.outputs[0])
+    output = last.outputs[0]
+    kind = output.dtype.numpy() if output.dtype is not None else _float_type(model)
+    zero = add_initializer(model, f"{name}.zero", np.zeros((), kind))
+    if last.op_type in SUMS and kept in last.inputs:  # a residual branch
+        side = 1 - list(last.inputs).index(kept)
+        silent = ir.node("Mul", [last.inputs[side], zero], name=f"{name}.silenced")
+        model.graph.insert_before(last, silent)
+        last.replace_input_with(side, silent.outputs[0])
+    else:
+        silent = ir.node("Mul", [output, zero], name=f"{name}.silenced")
+        passed = ir.node("Add", [kept, silent.outputs[0]], name=f"{name}.passed")
+        passed.outputs[0].name = passed.name
+        model.graph.insert_after(last, [silent, passed])
+        _redirect(output, passed.outputs[0], {silent})
+        latest[output.name or ""] = passed.outputs[0]
+    silent.outputs[0].name = silent.name
 
 
 def _masked(
