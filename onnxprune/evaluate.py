@@ -115,7 +115,7 @@ def comparable_form(model: ir.Model) -> ir.Model:
     What is quantised and dequantised again passes as it is (rounding turns tiny differences into steps); weights keep
     their rounding. Random numbers are drawn by seeds, one after the other.
     """
-    if not any(node.op_type == "QuantizeLinear" or node.op_type in RANDOM for node in model.graph):
+    if not any(node.op_type in ("QuantizeLinear", "MatMulNBits", *RANDOM) for node in model.graph):
         return model
     model = model.clone()
     drawn = 0
@@ -123,6 +123,7 @@ def comparable_form(model: ir.Model) -> ir.Model:
         if node.op_type in RANDOM:
             drawn += 1
             node.attributes["seed"] = ir.AttrFloat32("seed", float(drawn))
+        node.attributes.pop("accuracy_level", None)  # products of activations that are rounded to integers
         source = node.inputs[0].producer() if node.op_type == "DequantizeLinear" and node.inputs[0] else None
         value = source.inputs[0] if source is not None and source.op_type == "QuantizeLinear" else None
         if value is not None and not value.is_initializer() and (value.producer() or node).op_type != "Constant":
