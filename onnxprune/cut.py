@@ -127,12 +127,11 @@ def _take(value: ir.Value, axes: tuple[Vector, ...], alive: NDArray[np.bool_]) -
     shape = tuple(size if which is None else len(which) for size, which in zip(before, kept, strict=True))
 
     def take() -> ir.Tensor[Any]:
-        array = tensor.numpy()
-        for axis, positions in enumerate(kept):
-            if positions is not None:
-                array = np.take(array, positions, axis)
+        positions = [range(size) if which is None else which for size, which in zip(before, kept, strict=True)]
+        while isinstance(positions[-1], range):  # what lies along the last axes goes in one piece
+            positions.pop()
+        array = tensor.numpy()[np.ix_(*positions)]  # all axes at once: nothing larger than the result is made
         result = ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=value.name)
-        del array
         release(tensor)
         return result
 

@@ -18,7 +18,7 @@ Scores = NDArray[np.float64]
 Scope = Literal["layer", "global", "isomorphic"]
 
 PASSING = ("DequantizeLinear", "Cast", "Transpose")
-CHUNK = 2**21  # weights that are held in float64 at a time
+CHUNK = 2**21  # weights that are converted at a time
 WEIGHTED = {  # operator -> the input that is a weight; None: any of them
     "Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": None, "RNN": 1, "GRU": 1, "LSTM": 1, "Gather": 0,
     "Einsum": None, "FusedConv": 1, "FusedGemm": 1, "FusedMatMul": None, "DeformConv": 1, "Attention": 1,
@@ -36,7 +36,7 @@ def score_units(units: Units, criterion: str = "l2", seed: int = 0) -> Scores:
     return CRITERIA[criterion](units, seed)
 
 
-Slices = NDArray[np.float64]  # a weight with the scored axis first and all others in one: (positions, weights)
+Slices = NDArray[np.floating]  # a weight with the scored axis first and all others in one: (positions, weights)
 
 
 def _l1(weights: Slices) -> Scores:
@@ -46,7 +46,7 @@ def _l1(weights: Slices) -> Scores:
 
 def _l2(weights: Slices) -> Scores:
     """Squared L2 norm, sum of w^2 (Fang et al. 2023, DepGraph, equation 5)."""
-    return np.asarray(np.square(weights).sum(1), np.float64)
+    return np.asarray(np.einsum("ij,ij->i", weights, weights), np.float64)
 
 
 def _sensitivity(weights: Slices) -> Scores:
@@ -77,12 +77,14 @@ def _of_weights(slice_score: Callable[[Slices], Scores], units: Units) -> Scores
 
 
 def _slice_scores(slice_score: Callable[[Slices], Scores], array: NDArray[Any], axis: int) -> Scores:
-    """The score of every slice along an axis, computed in float64 on a few slices at a time."""
+    """The score of every slice along an axis, computed on a few slices at a time, in float32 at least."""
     slices = np.moveaxis(array, axis, 0)
     step = max(1, CHUNK // max(1, array.size // len(slices)))
     parts = [slices[i : i + step] for i in range(0, len(slices), step)]
-    middle = 128 if array.dtype == np.uint8 else 0  # about what zero is stored as
-    return np.concatenate([slice_score(part.reshape(len(part), -1).astype(np.float64) - middle) for part in parts])
+    if array.dtype == np.uint8:  # about what zero is stored as
+        parts = [part.astype(np.float32) - 128 for part in parts]
+    kind = np.float64 if array.dtype == np.float64 else np.float32
+    return np.concatenate([slice_score(part.reshape(len(part), -1).astype(kind, copy=False)) for part in parts])
 
 
 def _bn(units: Units, seed: int) -> Scores:

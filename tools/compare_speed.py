@@ -68,6 +68,7 @@ def measure_own(path: Path) -> dict[str, float]:
     """As `own_seconds`, in this process."""
     from onnxprune.cut import cut
     from onnxprune.labels import analyse
+    from onnxprune.lineup import reorder, sort_rows
     from onnxprune.model import open_model
     from onnxprune.normalise import normalise
     from onnxprune.score import normalise_scores, score_units
@@ -78,6 +79,8 @@ def measure_own(path: Path) -> dict[str, float]:
     model = normalise(open_model(path))
     opened = time.perf_counter()
     units = find_units(analyse(model))
+    if moved := sort_rows(units):
+        units = find_units(analyse(reorder(model, moved)))
     scores = normalise_scores(units, score_units(units), "layer")
     cut(units, survivors_by_share(units, scores, 0.5, Rounding(1)))
     return {"open": opened - begin, "cut": time.perf_counter() - opened}
