@@ -94,10 +94,6 @@ class Rows:
             row = self.same[row]
         return row
 
-    def place(self, atom: int) -> Place:
-        """The place of an atom."""
-        return self.places[atom]._replace(row=self.one_of(self.places[atom].row))
-
     def of(self, group: int) -> set[int]:
         """The rows of a group."""
         return {self.one_of(row) for row in self.rows[group][0]}
@@ -115,7 +111,7 @@ class Rows:
         for other, vector in enumerate(self.units.solution.flow.axes[value]):
             if vector is not None and other != axis:
                 atoms = self.units.solution.atom[vector].tolist()
-                rows = [self.place(atom).row if atom in self.places else self.one_of(atom) for atom in atoms]
+                rows = [self.places[atom].row if atom in self.places else self.one_of(atom) for atom in atoms]
                 if set(rows) <= self.of(group):
                     return other, rows
         return None
@@ -134,6 +130,7 @@ def find_rows(units: Units) -> Rows:
     rows = Rows(units, group, {}, {}, {}, whole)
     for rectangle, columns in _inside_out(solution):
         _place(rows, rectangle, columns)
+    rows.places.update({atom: Place(rows.one_of(p.row), p.part, p.unit) for atom, p in rows.places.items()})
     for number, sets in rows.rows.items():
         if any({rows.one_of(row) for row in each} != rows.of(number) for each in sets):
             rows.fixed.add(number)
@@ -226,7 +223,7 @@ def _can_move(rows: Rows, value: ir.Value, axis: int, group: int, inside: list[t
     An initializer must hold whole rows, since something else comes to stand in every place.
     """
     whole = len(rows.units.groups[group].units)
-    known = [rows.place(atom) for atom, _ in inside if atom in rows.places]
+    known = [rows.places[atom] for atom, _ in inside if atom in rows.places]
     if known:
         unique = len(set(known)) == len(known) == len(inside)
         complete = len(known) == whole * len({(place.row, place.part) for place in known})
@@ -254,7 +251,7 @@ def _orders(rows: Rows, criterion: str, seed: int) -> Orders:
     apart = np.full(int(solution.atom.max(initial=0)) + 1, -1)
     for atom, place in rows.places.items():
         if rows.group[place.unit] in movable:
-            apart[atom] = ids.setdefault((rows.one_of(place.row), place.unit), units.count + len(ids))
+            apart[atom] = ids.setdefault((place.row, place.unit), units.count + len(ids))
     alone = apart[solution.atom] >= 0
     component[alone] = apart[solution.atom][alone]
     single = replace(solution, component=component, locked=np.zeros(units.count + len(ids), bool))
@@ -292,10 +289,10 @@ def _reorderings(rows: Rows, criterion: str, seed: int) -> Iterator[Reordering]:
             inside = [k for k, unit in enumerate(owners) if rows.group[unit] == number]
             name = value.name or ""
             if atoms[inside[0]] in rows.places:
-                at = {rows.place(atoms[k]): k for k in inside}
+                at = {rows.places[atoms[k]]: k for k in inside}
                 order = np.arange(len(atoms))
                 for place, k in at.items():
-                    order[k] = at[place._replace(unit=takes[place.row, place.unit])]
+                    order[k] = at[Place(place.row, place.part, takes[place.row, place.unit])]
                 yield Reordering(name, axis, order)
             elif (found := rows.beside(value, axis, number)) is not None:
                 along, rows_there = found
