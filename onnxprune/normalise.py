@@ -28,6 +28,7 @@ from onnxprune.evaluate import (
     unoptimised,
 )
 from onnxprune.model import give_back, open_session, weight_bytes, weights_aside
+from onnxprune.packed import take_apart
 from onnxprune.shapes import SCHEME_KEY, add_initializer, dynamic_sizes, schemes_to_try
 from onnxprune.standin import needed, stand_in_session
 from onnxprune.unroll import unroll
@@ -104,6 +105,7 @@ def _normalised(model: ir.Model, sizes: int) -> ir.Model:
         simplify_shape_arithmetic(model)
         _fold_constants(model)
         left, before = sum(node.op_type in ("If", "Loop") for node in model.graph), left
+    take_apart(model)
     _clean(model)
     _unshare_initializers(model)
     _name_everything(model)

@@ -83,11 +83,12 @@ def einsum(flow: Flow, node: ir.Node) -> None:
                 vector = None if vector is None else found[letter]
             found[letter] = vector
             wide.setdefault(letter, []).append(value.is_initializer())
-    flow.heads += [
-        vector
-        for letter, vector in found.items()
-        if vector is not None and letter in result and len(wide[letter]) > 1 and not any(wide[letter])
-    ]
+    shared = [letter for letter, weights in wide.items() if len(weights) > 1 and not any(weights) and letter in found]
+    heads = [found[letter] for letter in shared if letter in result]
+    flow.heads += [vector for vector in heads if vector is not None]
+    if any(vector is not None for vector in heads):
+        inner = [found[letter] for letter in shared if letter not in result]
+        flow.kinds += [(vector, "qk") for vector in inner if vector is not None]
     flow.give(node.outputs[0], [found.get(letter) for letter in result])
 
 

@@ -416,7 +416,7 @@ def test_indexed_by_data_is_locked() -> None:
     assert not units.groups
 
 
-@pytest.mark.parametrize(("granularity", "sizes"), [("rows", [3]), ("columns", [4])])
+@pytest.mark.parametrize(("granularity", "sizes"), [("rows", [3]), ("columns", [4, 4])])
 def test_granularity_of_heads(granularity: str, sizes: list[int]) -> None:
     units = check_oracle(graph(EXACT["attention by heads"][1]), granularity=granularity)
     assert [len(group.units) for group in units.groups] == sizes
