@@ -18,6 +18,7 @@ from onnxprune.data import random_inputs
 from onnxprune.errors import ModelError
 from onnxprune.evaluate import (
     RANDOM,
+    STEPS,
     Array,
     comparable_form,
     relative_difference,
@@ -27,6 +28,7 @@ from onnxprune.evaluate import (
     tolerance,
     unoptimised,
 )
+from onnxprune.integers import has_integers, spell_out_integers
 from onnxprune.model import give_back, open_session, weight_bytes, weights_aside
 from onnxprune.packed import take_apart
 from onnxprune.shapes import SCHEME_KEY, add_initializer, dynamic_sizes, schemes_to_try
@@ -48,6 +50,7 @@ def normalise(model: ir.Model) -> ir.Model:
         ModelError: onnxruntime can't run the model, its opset can't be converted, or the normalised form computes
             something else (which would be a fault of this package).
     """
+    model = _spelt_out(model)
     trials = _sizes_that_run(model)
     for index, trial in trials.items():
         normal = _normalised(model, index)
@@ -57,6 +60,27 @@ def normalise(model: ir.Model) -> ir.Model:
         if worst <= tolerance(normal):
             return normal
     raise ModelError(f"normalising changed what the model computes (relative difference {worst:.1e}); not pruned")
+
+
+def _spelt_out(model: ir.Model) -> ir.Model:
+    """The model with its integer operators spelt out, if it has any, and if that computes the same in onnxruntime.
+
+    Fused again, that is: unfused, sums that end half-way between two integers are rounded in other ways.
+    """
+    if not has_integers(model):
+        return model
+    other = model.clone()
+    _clean(other)
+    other = _convert_opset(other)
+    _clean(other)
+    spell_out_integers(other)
+    try:
+        inputs, _ = next(iter(_sizes_that_run(other).values()))
+        before, after = (run_on_all(each, inputs, open_session(each)) for each in (model, other))
+    except ModelError:
+        return model
+    differences = [relative_difference(a, b) for a, b in zip(before, after, strict=True)]
+    return other if max(differences, default=0.0) <= STEPS else model
 
 
 Trial = tuple[list[dict[str, Array]], list[Array]]  # inputs of both shape walks, and what the model makes of them

@@ -21,7 +21,8 @@ PACKED = {
     "heads before parts": f"""{HEAD} <int64[5] split = {{0,4,3,3,4}}, {NUMBERS}> {{ m = MatMul(x, w) p = Add(m, b)
         s = Reshape(p, split) t = Transpose<perm=[3,0,2,1,4]>(s) {PICK} {ATTEND}""",
     "by a split": f"""{HEAD} <int64[5] split = {{0,4,3,3,4}}, {NUMBERS}, int64[3] ones = {{1,1,1}},
-        int64[1] first = {{0}}> {{ m = MatMul(x, w) p = Add(m, b) s = Reshape(p, split) t = Transpose<perm=[2,0,3,1,4]>(s)
+        int64[1] first = {{0}}> {{ m = MatMul(x, w) p = Add(m, b) s = Reshape(p, split)
+        t = Transpose<perm=[2,0,3,1,4]>(s)
         q0, k0, v0 = Split<axis=0>(t, ones) q = Squeeze(q0, first) k = Squeeze(k0, first) v = Squeeze(v0, first)
         kt = Transpose<perm=[0,1,3,2]>(k) {ATTEND}""",
     "through axes of one": f"""{HEAD} <int64[4] split = {{0,4,3,12}}, int64[4] heads = {{0,4,3,4}}, {NUMBERS},

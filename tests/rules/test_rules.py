@@ -157,6 +157,12 @@ EXACT = {
     "scatter along the sequence": ([8], "(float[N,4,6] x, float[6,8] f, float[8,5] g) => (float[N,4,5] y)"
         "<int64[1,1] where = {0}, int64[1] zero = {0}, int64[1] one = {1}> { h = MatMul(x, f)"
         "u = Slice(h, zero, one, zero) n = Neg(u) s = ScatterND(h, where, n) y = MatMul(s, g) }"),
+    "scatter of another tensor": ([8], "(float[N,4,6] x, float[6,8] f, float[6,8] e, float[8,5] g) => (float[N,4,5] y)"
+        "<int64[1,1] where = {0}, int64[1] zero = {0}, int64[1] one = {1}> { h = MatMul(x, f) k = MatMul(x, e)"
+        "u = Slice(k, zero, one, zero) s = ScatterND(h, where, u) y = MatMul(s, g) }"),
+    "deformable": ([8, 6], "(float[N,3,6,6] x, float[8,3,1,1] w, float[8] b, float[18,3,3,3] o, float[6,8,3,3] d,"
+        "float[6] c, float[5,6,1,1] v) => (float[N,5,4,4] y) { h = Conv(x, w, b) f = Conv(x, o)"
+        "e = DeformConv<kernel_shape=[3,3]>(h, d, f, c) y = Conv(e, v) }"),
     "gather by position pairs": ([8], "(float[2,4,6] x, float[6,8] f, float[8,5] g) => (float[3,5] y)"
         "<int64[3,2] where = {0,1,1,3,0,0}> { h = MatMul(x, f) p = GatherND(h, where) y = MatMul(p, g) }"),
     "top k over the sequence": ([8], "(float[N,4,6] x, float[6,8] f, float[8,5] g) => (float[N,2,5] y)"
@@ -321,6 +327,11 @@ LOCKED = {
         "{ h = MatMul(x, f) y = Conv(h, w) }",
     "product over channels": "(float[N,6] x, float[6,4] f) => (float[N,1] y) <int64[1] axes = {1}>"
         "{ h = MatMul(x, f) y = ReduceProd(h, axes) }",
+    "a diagonal": "(float[N,4,6] x, float[6,4] f) => (float[N,4] y)"
+        "{ h = MatMul(x, f) y = Einsum<equation=\"bii->bi\">(h) }",
+    "deformable by two sets of offsets": "(float[N,3,6,6] x, float[8,3,1,1] w, float[36,3,3,3] o, float[6,8,3,3] d)"
+        "=> (float[N,6,4,4] y) { h = Conv(x, w) f = Conv(x, o)"
+        "y = DeformConv<kernel_shape=[3,3], offset_group=2>(h, d, f) }",
     "unknown operator": "(float[N,6] x, float[6,4] f, float[4,5] g) => (float[N,5] y)"
         "{ h = MatMul(x, f) s = Det(h) t = Add(h, s) y = MatMul(t, g) }",
     "indexed by data": "(float[N,6] x, int64[2] i, float[6,4] f) => (float[N,2] y)"
