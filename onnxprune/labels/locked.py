@@ -18,7 +18,7 @@ REASONS = {
         Optional OptionalGetElement OptionalHasElement ConcatFromSequence SequenceAt SequenceConstruct SequenceEmpty
         SequenceErase SequenceInsert SequenceLength SplitToSequence
     """,
-    "it computes in integers; models quantised as QuantizeLinear/DequantizeLinear pairs can be cut": """
+    "it computes in integers, in a way that isn't spelt out as pairs": """
         QLinearConv QLinearMatMul
     """,
     "classes stay": "NegativeLogLikelihoodLoss SoftmaxCrossEntropyLoss",
