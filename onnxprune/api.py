@@ -77,7 +77,7 @@ def prune(
     """One cut by weights alone: removes `ratio` of each group's units, or of all of them under scope "global".
 
     `round_to` rounds widths up to a multiple (None: what convolutions like). `kinds` restricts the cut to some kinds of
-    groups. `layers` residual layers, those of the smallest weights, are dropped first; with a ratio of 0 nothing else
+    groups. `layers` layers, those of the smallest weights, are dropped first; with a ratio of 0 nothing else
     goes. Writes the pruned model to `output`, the plan to `plan` and the normalised model whose names and positions the
     plan uses to `baseline`. The result has been run in onnxruntime and compared with the mask oracle. Raises subclasses
     of `OnnxPruneError`.
@@ -253,7 +253,7 @@ def _share_of_all(units: Units, scores: np.ndarray[Any, Any], ratio: float, roun
 
 @dataclass(frozen=True)
 class Inspection:
-    """What could be pruned: groups, residual layers, locks, and how much of the model they reach."""
+    """What could be pruned: groups, layers, locks, and how much of the model they reach."""
 
     groups: tuple[dict[str, Any], ...]
     layers: tuple[dict[str, Any], ...]

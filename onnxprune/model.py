@@ -292,7 +292,9 @@ def open_session(
     else:
         with weights_aside(model) as tensors:
             source = ir.to_proto(model).SerializeToString()
-        weights = {name: _ort_value(tensor) for name, tensor in tensors.items()}
+        initializers = model.graph.initializers  # onnxruntime drops those that nothing uses
+        used = {name for name in tensors if initializers[name].uses() or initializers[name].is_graph_output()}
+        weights = {name: _ort_value(tensors[name]) for name in used}
     try:
         return Session(source, options, providers or ["CPUExecutionProvider"], weights)
     except Exception as error:  # onnxruntime raises a dozen unrelated types here

@@ -227,7 +227,7 @@ class Run:
         return self._report(state, records, started)
 
     def _without_layers(self) -> State:
-        """What the first round starts from: the baseline, without the residual layers that matter least."""
+        """What the first round starts from: the baseline, without the layers that matter least."""
         start = Plan({}, reordered=self.moved)
         if self.options.layers is None:
             return State(self.baseline, start)

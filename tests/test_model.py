@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.errors import ModelError
+from onnxprune.evaluate import run_model
 from onnxprune.model import open_model, save_model
 from tests.conftest import MODELS
 from tests.graphs import graph, proto
@@ -110,3 +111,22 @@ def test_saving_is_whole_or_not_at_all(tmp_path: Path) -> None:
     save_model(graph(LINEAR), path)
     onnx.checker.check_model(str(path), full_check=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.onnx"]
+
+
+def test_weights_that_nothing_uses_do_no_harm(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 6])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 5])],
+        [
+            numpy_helper.from_array(np.ones(shape, np.float32), name)
+            for name, shape in (("w", (6, 8)), ("v", (8, 5)), ("old", (300, 300)))
+        ],
+    )
+    path = tmp_path / "unused.onnx"
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8).SerializeToString()
+    )
+    model = open_model(path)
+    assert run_model(model, {"x": np.ones((2, 6), np.float32)})[0].shape == (2, 5)

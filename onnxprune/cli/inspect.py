@@ -65,7 +65,7 @@ def _groups(found: Inspection) -> Table:
 
 
 def _layers(found: Inspection) -> Table:
-    table = Table(title=f"{len(found.layers)} residual layers that can be dropped")
+    table = Table(title=f"{len(found.layers)} layers that can be dropped")
     table.add_column("layer")
     for name in ("parameters", "nodes"):
         table.add_column(name, justify="right")

@@ -94,8 +94,9 @@ def _finish(
     if (bias := given(node, 2)) is not None and node.op_type != "ConvInteger":
         flow.tie(flow.of(bias)[0] if flow.of(bias) else None, out)
     if (added := given(node, 3)) is not None and node.op_type == "FusedConv":
-        flow.tie(flow.of(added)[1], out)
-    flow.give(node.outputs[0], (None, out, *(space or [None] * (len(x) - 2))))
+        for vector, other in zip(flow.of(added)[:2], (x[0], out), strict=True):
+            flow.tie(vector, other)
+    flow.give(node.outputs[0], (x[0], out, *(space or [None] * (len(x) - 2))))
 
 
 def unknown_weight(flow: Flow, node: ir.Node) -> None:

@@ -99,6 +99,7 @@ class Flow:
     inexact_labels: list[tuple[NDArray[np.int64], str]] = field(default_factory=list)
     heads: list[NDArray[np.int64]] = field(default_factory=list)  # batch axes of products of two activations
     kinds: list[tuple[NDArray[np.int64], str]] = field(default_factory=list)
+    ended: list[NDArray[np.int64]] = field(default_factory=list)  # by the node at work
     count: int = 0
     node: ir.Node | None = None
     asked: set[ir.Value] = field(default_factory=set)  # what the rule at work has looked at
@@ -158,7 +159,7 @@ class Flow:
         if a is None or b is None or len(a) != len(b):
             self.lock(a, reason)
             self.lock(b, reason)
-        elif a is not b:
+        else:
             self.ties.append((a, b))
 
     def lock(self, vector: Vector, reason: str, value: ir.Value | None = None) -> None:
@@ -171,6 +172,11 @@ class Flow:
         """Locks every one of these axes."""
         for vector in vectors:
             self.lock(vector, reason)
+
+    def end(self, vector: Vector) -> None:
+        """These positions go no further, and nothing that is left hangs on them: they are summed up, or not read."""
+        if vector is not None:
+            self.ended.append(vector)
 
     def inexact(self, vector: Vector) -> None:
         """Removing these positions changes what this node computes for the others."""

@@ -89,6 +89,8 @@ def einsum(flow: Flow, node: ir.Node) -> None:
     if any(vector is not None for vector in heads):
         inner = [found[letter] for letter in shared if letter not in result]
         flow.kinds += [(vector, "qk") for vector in inner if vector is not None]
+    for letter in set(found) - set(result):
+        flow.end(found[letter])
     flow.give(node.outputs[0], [found.get(letter) for letter in result])
 
 

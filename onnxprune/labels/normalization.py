@@ -151,6 +151,7 @@ def reduce(flow: Flow, node: ir.Node) -> None:
     if axes is None:
         return flow.lock_all(x, "it is reduced along axes that aren't constant")
     for axis in axes:
+        flow.end(x[axis])
         if node.op_type in MIXING:
             flow.inexact(x[axis])
         elif node.op_type in LOCKING:

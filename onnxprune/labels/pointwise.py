@@ -29,6 +29,8 @@ def unary(flow: Flow, node: ir.Node) -> None:
 @rule("CastLike")
 def cast_like(flow: Flow, node: ir.Node) -> None:
     """`x, type -> x`."""
+    for vector in flow.of(node.inputs[1]):
+        flow.end(vector)
     flow.give(node.outputs[0], flow.of(node.inputs[0]))
 
 
@@ -70,6 +72,8 @@ def shape_of(flow: Flow, node: ir.Node) -> None:
     vectors = flow.of(source)
     start = node.attributes["start"].as_int() if "start" in node.attributes else 0
     end = node.attributes["end"].as_int() if "end" in node.attributes else len(vectors)
+    for vector in vectors:
+        flow.end(vector)  # what isn't read
     flow.lock_all(vectors[start:end], "its size is read by Shape")
 
 

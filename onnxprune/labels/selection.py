@@ -101,6 +101,7 @@ def slices(flow: Flow, node: ir.Node) -> None:
         vector = result[axis] = flow.fixed(node.inputs[0], axis)
         if vector is None:
             continue
+        flow.end(vector)  # what isn't taken
         part = vector[where]
         if len(part) == 1:
             flow.lock(part, "this Slice takes a single position")
@@ -166,6 +167,7 @@ def pad(flow: Flow, node: ir.Node) -> None:
         vector = result[axis] = flow.fixed(node.inputs[0], axis)
         if vector is None:
             continue
+        flow.end(vector)  # what isn't taken
         if text(node, "mode", "constant") != "constant" or front < 0 or back < 0:
             flow.lock(vector, "this Pad isn't constant, or crops")
             result[axis] = None

@@ -78,15 +78,33 @@ def _apply_rule(flow: Flow, node: ir.Node) -> None:
         reason = "the shape of an operand is unknown"
     else:
         flow.asked.clear()
+        marks = len(flow.ties), len(flow.locks), len(flow.rectangles)
+        flow.ended.clear()
         known(flow, node)
         for unseen in {value for value in node.inputs if value is not None} - flow.asked:
             # a rule answers for the operands that it looks at; a target or a size must stay as it is
             flow.lock_all(flow.of(unseen), f"{operator_name(node)} reads it as it is")
+        _lock_what_is_lost(flow, node, marks)
         return
     for value in (*node.inputs, *_captured(node)):
         if value is not None:
             for vector in flow.of(value):
                 flow.lock(vector, f"{reason} ({operator_name(node)})", value)
+
+
+def _lock_what_is_lost(flow: Flow, node: ir.Node, marks: tuple[int, int, int]) -> None:
+    """Locks axes of operands that a rule neither passed on nor tied, locked or ended: it didn't think of them."""
+    dealt = [vector for value in node.outputs for vector in flow.axes.get(value, ()) if vector is not None]
+    dealt += [side for pair in flow.ties[marks[0] :] for side in pair]
+    dealt += [lock.labels for lock in flow.locks[marks[1] :]]
+    dealt += [v for each in flow.rectangles[marks[2] :] for v in (each.flat, *each.axes) if v is not None] + flow.ended
+    known = {id(vector) for vector in dealt}
+    for value in node.inputs:
+        for vector in flow.axes.get(value, ()) if value is not None else ():
+            if vector is None or id(vector) in known:
+                continue
+            if not dealt or not np.isin(vector, np.concatenate(dealt)).any():
+                flow.lock(vector, f"{operator_name(node)} loses it", value)
 
 
 def _unused(value: ir.Value) -> bool:

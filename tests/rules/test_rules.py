@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxprune.labels import analyse
-from onnxprune.labels.flow import RULES
+from onnxprune.labels.flow import RULES, Flow
 from onnxprune.labels.locked import LOCKED as LOCKED_OPERATORS
 from onnxprune.units import find_units
 from tests.graphs import check_oracle, graph, proto
@@ -431,6 +431,32 @@ def test_indexed_by_data_is_locked() -> None:
 def test_granularity_of_heads(granularity: str, sizes: list[int]) -> None:
     units = check_oracle(graph(EXACT["attention by heads"][1]), granularity=granularity)
     assert [len(group.units) for group in units.groups] == sizes
+
+
+HEADS_IN_THE_BATCH = """(float[2,4,6] x, float[6,12] a, float[4,1,3] k, float[12,5] o) => (float[2,4,5] y)
+<int64[4] split = {2,4,3,4}, int64[3] fold = {6,4,4}, int64[4] back = {2,3,4,4}, int64[3] join = {2,4,12}>
+{ p = MatMul(x, a) q = Reshape(p, split) t = Transpose<perm=[0,2,3,1]>(q) f = Reshape(t, fold)
+  c = Conv<group=4, pads=[1,1]>(f, k) u = Reshape(c, back) w = Transpose<perm=[0,3,1,2]>(u) e = Reshape(w, join)
+  y = MatMul(e, o) }"""
+
+
+@pytest.mark.parametrize(("granularity", "sizes"), [("rows", [3]), ("columns", [4])])
+def test_heads_in_the_batch_of_a_convolution(granularity: str, sizes: list[int]) -> None:
+    units = check_oracle(graph(HEADS_IN_THE_BATCH), granularity=granularity)
+    assert [len(group.units) for group in units.groups] == sizes
+
+
+def test_an_axis_that_a_rule_forgets_is_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(flow: Flow, node: ir.Node) -> None:
+        flow.of(node.inputs[0])
+
+    monkeypatch.setitem(RULES, "Relu", forgetful)
+    text = (
+        "(float[N,6] x, float[6,8] a, float[8,5] b) => (float[N,5] y) { h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }"
+    )
+    units = find_units(analyse(graph(text)))
+    assert not units.groups
+    assert "Relu loses it" in {lock.reason for lock in units.solution.lock_reasons().values()}
 
 
 def test_granularity_of_groups() -> None:
