@@ -69,13 +69,13 @@ def packed_matmul(flow: Flow, node: ir.Node) -> None:
             continue
         axes, sizes = flow.of(value), flow.shape(value) or ()
         per_row = int(np.prod([size or 0 for size in sizes])) // (shape[0] or 1)
-        if per_row != shape[1] or len(axes) == 1:  # several blocks in a byte, or rows and blocks in one axis
-            flow.lock(blocks, "the scales of its blocks are stored in one axis with the rows")
         if len(axes) == 1:
+            flow.lock(blocks, "the scales of its blocks are stored in one axis with the rows")
             flow.tie(axes[0], None if out is None else np.repeat(out, per_row))
-        else:
+        else:  # the zeros of several blocks may share a byte
             flow.tie(axes[0], out)
-            flow.tie(axes[1], blocks) if per_row == shape[1] else flow.lock(axes[1], "packed numbers stay together")
+            bytes_of = None if axes[1] is None else np.repeat(axes[1], -(-(shape[1] or 1) // per_row))
+            flow.tie(None if bytes_of is None else bytes_of[: shape[1]], blocks, "packed numbers stay together")
     if (bias := given(node, 5)) is not None:
         flow.tie(flow.of(bias)[0], out)
     inner = np.repeat(blocks, block) if whole and blocks is not None else None

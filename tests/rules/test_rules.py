@@ -202,6 +202,12 @@ EXACT = {
     "packed weights by rows and blocks": ([2], "(float[N,4,6] x, float[6,32] f, uint8[5,2,8] w, float[5,2] s)"
         "=> (float[N,4,5] y) { h = MatMul(x, f)"
         "y = com.microsoft.MatMulNBits<K=32, N=5, bits=4, block_size=16>(h, w, s) }"),
+    "packed weights whose zeros share bytes": ([3], "(float[N,4,6] x, float[6,96] f, uint8[5,6,8] w, float[5,6] s,"
+        "uint8[5,3] z) => (float[N,4,5] y) { h = MatMul(x, f)"
+        "y = com.microsoft.MatMulNBits<K=96, N=5, bits=4, block_size=16>(h, w, s, z) }"),
+    "packed weights whose last byte is half empty": ([1, 1], "(float[N,4,6] x, float[6,48] f, uint8[5,3,8] w,"
+        "float[5,3] s, uint8[5,2] z) => (float[N,4,5] y) { h = MatMul(x, f)"
+        "y = com.microsoft.MatMulNBits<K=48, N=5, bits=4, block_size=16>(h, w, s, z) }"),
     "packed weights whose scales lie in one row": ([8], "(float[N,4,32] x, uint8[8,2,8] w, float[16] s, float[8,5] g)"
         "=> (float[N,4,5] y) { h = com.microsoft.MatMulNBits<K=32, N=8, bits=4, block_size=16>(x, w, s)"
         "r = Relu(h) y = MatMul(r, g) }"),
