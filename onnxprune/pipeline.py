@@ -37,6 +37,7 @@ from onnxprune.normalise import normalise
 from onnxprune.options import RESOURCES, RunOptions
 from onnxprune.plan import Plan, Reordering, load_plan
 from onnxprune.progress import Listener
+from onnxprune.reconstruct import reconstruct
 from onnxprune.repair import reestimate_batch_norm
 from onnxprune.report import Report, Side, latency_sides, versions, widths
 from onnxprune.score import Origin, normalise_scores, origin_of, score_units
@@ -300,8 +301,8 @@ class Run:
             nonlocal tried
             tried += 1
             self.listener.progress("choosing a threshold", tried, EVALUATIONS)
-            model, _ = cut(units, survivors(units, scores, tau, rounding))
-            self._repair(model)
+            model, step = cut(units, survivors(units, scores, tau, rounding))
+            self._repair(model, state.plan.then(step))
             return self.judge.measure(model, PROBE_SAMPLES).drop
 
         tau = bisect_tau(scores, drop_at, reach(history, allowed, self.epochs > 0))
@@ -346,11 +347,13 @@ class Run:
         self.listener.stage(f"round {number}: cutting")
         model, step = cut(units, alive)
         check_cut(state.model, model, step)
-        self._repair(model)
+        self.listener.stage(f"round {number}: repairing")
+        self._repair(model, state.plan.then(step))
         repaired = verdict = self.judge.measure(model)
         if self.epochs:
             self._tune(number, folder, model)
-            self._repair(model)
+            if self.train is not None:
+                reestimate_batch_norm(model, self.train, self.options.threads)
             verdict = self.judge.measure(model)
         record = {
             "round": number,
@@ -392,8 +395,9 @@ class Run:
         self.listener.stage(f"round {number}: preparing fine-tuning")
         fine_tune(model, self.baseline, self.train, folder / "tune", options, self.augmentation, show)
 
-    def _repair(self, model: ir.Model) -> None:
-        if self.train is not None:
+    def _repair(self, model: ir.Model, plan: Plan) -> None:
+        """What can be done without training: layers fitted to the uncut ones, or else batch normalisation."""
+        if self.train is not None and not reconstruct(model, self.baseline, plan, self.train, self.options.threads):
             reestimate_batch_norm(model, self.train, self.options.threads)
 
     def _progress(self, costs: dict[str, int]) -> float:

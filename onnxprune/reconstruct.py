@@ -1,0 +1,255 @@
+"""Repair without training: what is left of every layer is fitted to what the uncut layer computed.
+
+For each convolution and product, in order: with X its inputs in the cut model and E what its outputs lack against the
+uncut model's, the change of its weights is the ridge regression `(X'X + lambda I)^-1 X'E`, with a column of ones for
+the bias. Inputs are the cut model's own, with everything before repaired already, so that errors don't pile up
+(He et al. 2017, Channel Pruning, section 3.1, equation 5; Luo et al. 2017, ThiNet, equation 7). Labels aren't needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+from scipy.linalg import solve
+
+from onnxprune.data import Dataset, batches, fixed_batch
+from onnxprune.evaluate import run_session, session_options
+from onnxprune.labels.flow import integer, integers, text
+from onnxprune.model import constant, open_session
+from onnxprune.plan import Plan
+from onnxprune.units import weight_matrix
+
+SAMPLES = 256  # calibration samples
+BATCH = 32
+ROWS = 16384  # positions that a layer is fitted on, at most
+WIDEST = 4608  # inputs of an output, beyond which a layer is left alone: its Gram matrix takes 170 MB
+HELD = 2**29  # bytes of uncut outputs that are kept
+SILENT = 1e-3
+RIDGE = 1e-3  # lambda, in units of the mean diagonal of the Gram matrix
+
+Array = NDArray[np.float64]
+Sample = NDArray[np.float32]  # (positions, channels)
+Target = tuple[tuple[int, ...], NDArray[np.int64], Sample]  # the shape of a value, some of its positions, and those
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A layer that can be fitted: its node and parameters, and where its outputs are compared with the uncut ones.
+
+    That is at `end`: the sum that it is a branch of, if any, so that it makes up for what the others lack as well; else
+    its own output. `scale` is what a change of its output is multiplied with on the way, by channel, and `kept` the
+    channels of the uncut value that are left.
+    """
+
+    node: ir.Node
+    weight: ir.Value
+    bias: ir.Value | None
+    end: ir.Value
+    scale: Array
+    kept: list[int] | None
+
+    @property
+    def axis(self) -> int:
+        """The axis of the output along which its channels lie."""
+        return 1 if self.node.op_type == "Conv" else -1
+
+    def outputs(self, array: NDArray[np.floating], rows: NDArray[np.int64]) -> Sample:
+        """Some positions of an output, one in each row."""
+        flat = np.moveaxis(array, self.axis, -1)
+        return np.asarray(flat.reshape(-1, flat.shape[-1])[rows], np.float32)
+
+    def inputs(self, array: NDArray[np.floating], shape: tuple[int, ...], rows: NDArray[np.int64]) -> Sample:
+        """What those positions are computed from; `shape` is that of the output."""
+        if self.node.op_type == "Conv":
+            return _patches(self.node, array, shape, rows)
+        return np.asarray(array.reshape(-1, array.shape[-1])[rows], np.float32)
+
+    def change(self, delta: Array) -> None:
+        """Adds a change of shape (inputs, outputs), and one more row for the bias."""
+        width = len(delta) - (self.bias is not None)
+        matrix = delta[:width]
+        if self.node.op_type == "Conv" or (self.node.op_type == "Gemm" and integer(self.node, "transB", 0)):
+            matrix = matrix.T
+        _add(self.weight, matrix)
+        if self.bias is not None:
+            _add(self.bias, delta[width])
+
+
+def reconstruct(
+    model: ir.Model,
+    baseline: ir.Model,
+    plan: Plan,
+    data: Dataset,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Fits every convolution and product of a cut model, in place; returns how many there were.
+
+    `plan` says what the model lost of `baseline`, whose value names it has. Left alone are grouped convolutions,
+    weights that several nodes share or that aren't floats, and layers of more than 4,608 inputs.
+    """
+    layers = list(_layers(model, baseline, plan))
+    part = data.take(slice(0, min(SAMPLES, len(data))))
+    size = min(fixed_batch(model) or BATCH, len(part))
+    part = part.take(slice(0, len(part) // size * size))
+    if not layers or not len(part):
+        return 0
+    wanted = _uncut_outputs(baseline, layers, part, size, threads)
+    for number, layer in enumerate(layers):
+        progress(number + 1, len(layers))
+        _fit(model, layer, wanted[number], part, size, threads)
+    return len(layers)
+
+
+def _layers(model: ir.Model, baseline: ir.Model, plan: Plan) -> Iterator[Fit]:
+    known = {value.name for node in baseline.graph for value in node.outputs}
+    for node in model.graph:
+        if node.domain or node.op_type not in ("Conv", "Gemm", "MatMul") or node.outputs[0].name not in known:
+            continue
+        source, weight = node.inputs[0], node.inputs[1]
+        if source is None or source.is_initializer() or weight is None or not _fits(node, weight):
+            continue
+        end, scale = _end(node)
+        if end.name not in known:
+            end, scale = node.outputs[0], np.ones(1)
+        removals = {removal.axis: removal for removal in plan.tensors.get(end.name or "", ())}
+        axis = 1 if node.op_type == "Conv" else max(removals, default=0)
+        kept = removals[axis].kept() if axis in removals else None
+        yield Fit(node, weight, _own_bias(node), end, scale, kept)
+
+
+def _end(node: ir.Node) -> tuple[ir.Value, Array]:
+    """The sum that a layer's output is added to, through biases and batch normalisation, and what it is scaled by."""
+    value = own = node.outputs[0]
+    scale = np.ones(1)
+    while len(value.uses()) == 1 and not value.is_graph_output():
+        user = value.consumers()[0]
+        fixed = [each for each in user.inputs if each is not None and each.is_initializer()]
+        if user.op_type == "BatchNormalization" and len(fixed) == 4:
+            gamma, _, _, variance = (weight_matrix(each) for each in fixed)
+            epsilon = user.attributes["epsilon"].as_float() if "epsilon" in user.attributes else 1e-5
+            scale = scale * gamma / np.sqrt(variance + epsilon)
+        elif user.op_type == "Add" and not fixed:
+            silent = np.abs(scale) < SILENT * np.abs(scale).max()  # a channel that hardly arrives can't mend anything
+            return user.outputs[0], np.where(silent, np.inf, scale)
+        elif user.op_type == "Add" and own is value:
+            own = user.outputs[0]  # with its bias
+        elif user.op_type != "Add":
+            break
+        value = user.outputs[0]
+    return own, np.ones(1)
+
+
+def _fits(node: ir.Node, weight: ir.Value) -> bool:
+    array = weight.const_value
+    if not weight.is_initializer() or array is None or len(weight.uses()) > 1 or not array.dtype.is_floating_point():
+        return False
+    shape = tuple(int(dim) for dim in array.shape.numpy())
+    if node.op_type == "Conv":
+        plain = integer(node, "group", 1) == 1 and text(node, "auto_pad", "NOTSET") in ("NOTSET", "VALID")
+        return plain and math.prod(shape[1:]) <= WIDEST
+    scaled = any(name in node.attributes and node.attributes[name].as_float() != 1 for name in ("alpha", "beta"))
+    return len(shape) == 2 and max(shape) <= WIDEST and not scaled and not integer(node, "transA", 0)
+
+
+def _own_bias(node: ir.Node) -> ir.Value | None:
+    """The bias of a layer, or one that is added to a product behind it, if nothing else uses it."""
+    value = node.inputs[2] if len(node.inputs) > 2 else None
+    users = node.outputs[0].consumers()
+    if node.op_type == "MatMul" and len(users) == 1 and users[0].op_type == "Add":
+        value = next((each for each in users[0].inputs if each is not None and each.is_initializer()), None)
+    array = constant(value)
+    return value if value is not None and array is not None and array.ndim == 1 and len(value.uses()) == 1 else None
+
+
+def _uncut_outputs(
+    baseline: ir.Model, layers: list[Fit], data: Dataset, size: int, threads: int | None
+) -> list[list[Target]]:
+    """What the uncut model computes where each layer ends, for each batch."""
+    model = baseline.clone()
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    names = [layer.end.name or "" for layer in layers]
+    session = open_session(_up_to(model, [values[n] for n in dict.fromkeys(names)]), session_options(threads))
+    count, random = -(-len(data) // size), np.random.default_rng(0)
+    found: list[list[Target]] = [[] for _ in layers]
+    for batch in batches(data, size):
+        ends = dict(zip(dict.fromkeys(names), run_session(session, batch), strict=True))
+        arrays = [ends[name] for name in names]
+        widths = sum(array.shape[layer.axis] for layer, array in zip(layers, arrays, strict=True))
+        limit = max(1, min(ROWS, HELD // (4 * widths)) // count)
+        for number, (layer, array) in enumerate(zip(layers, arrays, strict=True)):
+            positions = array.size // array.shape[layer.axis]
+            rows = np.sort(random.choice(positions, min(limit, positions), replace=False))
+            rest = layer.outputs(array, rows)
+            found[number].append((array.shape, rows, rest if layer.kept is None else rest[:, layer.kept]))
+    return found
+
+
+def _fit(
+    model: ir.Model,
+    layer: Fit,
+    wanted: list[Target],
+    data: Dataset,
+    size: int,
+    threads: int | None,
+) -> None:
+    source = layer.node.inputs[0]
+    assert source is not None
+    copy = model.clone()
+    values = {value.name: value for node in copy.graph for value in node.outputs}
+    values.update({value.name: value for value in copy.graph.inputs})
+    ends = [values[layer.end.name], *([] if source.is_graph_input() else [values[source.name]])]
+    session = open_session(_up_to(copy, ends), session_options(threads))
+    gram, cross = np.zeros((1, 1)), np.zeros((1, 1))
+    for batch, (shape, rows, target) in zip(batches(data, size), wanted, strict=True):
+        found = run_session(session, batch)
+        made, given = found[0], found[1] if len(found) > 1 else np.asarray(batch[source.name or ""])
+        if made.size // made.shape[layer.axis] != math.prod(shape) // shape[layer.axis]:
+            return  # what is folded into its positions was cut
+        x = layer.inputs(given, made.shape, rows)
+        error = (target - layer.outputs(made, rows)) / layer.scale.astype(np.float32)
+        if layer.bias is not None:
+            x = np.concatenate([x, np.ones((len(x), 1), np.float32)], 1)
+        gram, cross = gram + (x.T @ x).astype(np.float64), cross + (x.T @ error).astype(np.float64)
+    ridge = RIDGE * max(float(np.trace(gram)) / len(gram), 1e-12)
+    delta = solve(gram + ridge * np.eye(len(gram)), cross, assume_a="pos")
+    if np.isfinite(delta).all():
+        layer.change(delta)
+
+
+def _up_to(model: ir.Model, ends: list[ir.Value]) -> ir.Model:
+    """The part of a model that these values are computed by."""
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(ends)
+    common.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def _patches(node: ir.Node, array: NDArray[np.floating], shape: tuple[int, ...], rows: NDArray[np.int64]) -> Sample:
+    """The windows from which positions of a convolution's output are computed: (rows, channels x taps)."""
+    space = len(shape) - 2
+    weight = node.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    kernel = tuple(int(dim) for dim in weight.const_value.shape.numpy())[2:]
+    steps, gaps = (integers(node, name) or [1] * space for name in ("strides", "dilations"))
+    pads = integers(node, "pads") or [0] * 2 * space
+    padded = np.pad(array, [(0, 0), (0, 0), *zip(pads[:space], pads[space:], strict=True)])
+    sample, *where = np.unravel_index(rows, (shape[0], *shape[2:]))
+    taps = []
+    for offset in np.ndindex(*kernel):
+        at = [w * step + o * gap for w, step, o, gap in zip(where, steps, offset, gaps, strict=True)]
+        taps.append(padded[(sample, slice(None), *at)])
+    return np.asarray(np.stack(taps, 2).reshape(len(rows), -1), np.float32)
+
+
+def _add(value: ir.Value, change: Array) -> None:
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    changed = array.astype(np.float64) + change.reshape(array.shape)
+    value.const_value = ir.tensor(changed.astype(array.dtype), name=value.name)
