@@ -9,27 +9,28 @@ the bias. Inputs are the cut model's own, with everything before repaired alread
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import common
 from scipy.linalg import solve
 
 from onnxprune.data import Dataset, batches, fixed_batch
-from onnxprune.evaluate import run_session, session_options
+from onnxprune.evaluate import Batch, run_session, session_options
 from onnxprune.labels.flow import integer, integers, text
 from onnxprune.model import constant, open_session
 from onnxprune.plan import Plan
 from onnxprune.units import weight_matrix
 
 SAMPLES = 256  # calibration samples
-BATCH = 32
+SIZE = 32  # samples in a batch
 ROWS = 16384  # positions that a layer is fitted on, at most
 WIDEST = 4608  # inputs of an output, beyond which a layer is left alone: its Gram matrix takes 170 MB
 HELD = 2**29  # bytes of uncut outputs that are kept
+LIVE, TENSORS = 2**30, 3  # bytes of inner values that are held, and how many of the largest there may be at once
 SILENT = 1e-3
 RIDGE = 1e-3  # lambda, in units of the mean diagonal of the Gram matrix
 
@@ -95,15 +96,16 @@ def reconstruct(
     weights that several nodes share or that aren't floats, and layers of more than 4,608 inputs.
     """
     layers = list(_layers(model, baseline, plan))
-    part = data.take(slice(0, min(SAMPLES, len(data))))
-    size = min(fixed_batch(model) or BATCH, len(part))
-    part = part.take(slice(0, len(part) // size * size))
-    if not layers or not len(part):
+    size = min(fixed_batch(model) or SIZE, len(data))
+    if not layers or not size:
         return 0
-    wanted = _uncut_outputs(baseline, layers, part, size, threads)
+    feeds = list(batches(data.take(slice(0, min(SAMPLES, len(data)) // size * size)), size))
+    wanted = _uncut_outputs(baseline, layers, feeds, threads)
+    walk = Walk(model, feeds[: len(wanted[0])], threads)
     for number, layer in enumerate(layers):
         progress(number + 1, len(layers))
-        _fit(model, layer, wanted[number], part, size, threads)
+        walk.reach(layer.node)
+        _fit(walk, layer, wanted[number])
     return len(layers)
 
 
@@ -169,50 +171,79 @@ def _own_bias(node: ir.Node) -> ir.Value | None:
 
 
 def _uncut_outputs(
-    baseline: ir.Model, layers: list[Fit], data: Dataset, size: int, threads: int | None
+    baseline: ir.Model, layers: list[Fit], feeds: Sequence[Batch], threads: int | None
 ) -> list[list[Target]]:
-    """What the uncut model computes where each layer ends, for each batch."""
-    model = baseline.clone()
-    values = {value.name: value for node in model.graph for value in node.outputs}
+    """What the uncut model computes where each layer ends, for as many batches as memory allows to work on."""
     names = [layer.end.name or "" for layer in layers]
-    session = open_session(_up_to(model, [values[n] for n in dict.fromkeys(names)]), session_options(threads))
-    count, random = -(-len(data) // size), np.random.default_rng(0)
+    graph = ir.convenience.extract(baseline.graph, baseline.graph.inputs, list(dict.fromkeys(names)))
+    session = open_session(ir.Model(graph, ir_version=baseline.ir_version), session_options(threads))
+    random = np.random.default_rng(0)
     found: list[list[Target]] = [[] for _ in layers]
-    for batch in batches(data, size):
+    for number, batch in enumerate(feeds):
         ends = dict(zip(dict.fromkeys(names), run_session(session, batch), strict=True))
         arrays = [ends[name] for name in names]
+        if number >= max(1, LIVE // (TENSORS * max(array.nbytes for array in arrays))):
+            break
         widths = sum(array.shape[layer.axis] for layer, array in zip(layers, arrays, strict=True))
-        limit = max(1, min(ROWS, HELD // (4 * widths)) // count)
-        for number, (layer, array) in enumerate(zip(layers, arrays, strict=True)):
+        limit = max(1, min(ROWS, HELD // (4 * widths)) // len(feeds))
+        for layer, array, targets in zip(layers, arrays, found, strict=True):
             positions = array.size // array.shape[layer.axis]
             rows = np.sort(random.choice(positions, min(limit, positions), replace=False))
             rest = layer.outputs(array, rows)
-            found[number].append((array.shape, rows, rest if layer.kept is None else rest[:, layer.kept]))
+            targets.append((array.shape, rows, rest if layer.kept is None else rest[:, layer.kept]))
     return found
 
 
-def _fit(
-    model: ir.Model,
-    layer: Fit,
-    wanted: list[Target],
-    data: Dataset,
-    size: int,
-    threads: int | None,
-) -> None:
-    source = layer.node.inputs[0]
+class Walk:
+    """A walk through a model with all calibration batches at once: what later nodes need is held for each batch.
+
+    So fitting one layer after the other takes about as long as running the model twice, not once for each layer.
+    """
+
+    def __init__(self, model: ir.Model, feeds: Sequence[Batch], threads: int | None) -> None:
+        self.model, self.threads = model, threads
+        self.order = {node: index for index, node in enumerate(model.graph)}
+        self.nodes = list(model.graph)
+        self.at = 0
+        self.held = [dict(feed) for feed in feeds]
+
+    def reach(self, node: ir.Node) -> None:
+        """Computes everything that `node` and those behind it need from the nodes before it."""
+        target = self.order[node]
+        before = self.nodes[self.at : target]
+        fresh = [value.name or "" for each in before for value in each.outputs if self._needed(value, target)]
+        if fresh:
+            for held, arrays in zip(self.held, self.run(fresh), strict=True):
+                held.update(zip(fresh, arrays, strict=True))
+        self.at = target
+        values = {value.name: value for each in self.nodes[:target] for value in each.outputs}
+        for name in [name for name in self.held[0] if name in values and not self._needed(values[name], target)]:
+            for held in self.held:
+                del held[name]
+
+    def _needed(self, value: ir.Value, target: int) -> bool:
+        """Whether a node from `target` on, or one inside a subgraph, uses a value."""
+        return any(self.order.get(user, target) >= target for user in value.consumers())
+
+    def run(self, names: list[str]) -> Iterator[list[NDArray[Any]]]:
+        """These values for each batch, computed from what is held."""
+        graph = ir.convenience.extract(self.model.graph, list(self.held[0]), names)
+        for value in graph.inputs:
+            array = self.held[0][value.name or ""]
+            value.type = value.type or ir.TensorType(ir.DataType.from_numpy(array.dtype))
+            value.shape = ir.Shape(array.shape)
+        session = open_session(ir.Model(graph, ir_version=self.model.ir_version), session_options(self.threads))
+        for held in self.held:
+            yield run_session(session, held)
+
+
+def _fit(walk: Walk, layer: Fit, wanted: list[Target]) -> None:
+    source, gram, cross = layer.node.inputs[0], np.zeros((1, 1)), np.zeros((1, 1))
     assert source is not None
-    copy = model.clone()
-    values = {value.name: value for node in copy.graph for value in node.outputs}
-    values.update({value.name: value for value in copy.graph.inputs})
-    ends = [values[layer.end.name], *([] if source.is_graph_input() else [values[source.name]])]
-    session = open_session(_up_to(copy, ends), session_options(threads))
-    gram, cross = np.zeros((1, 1)), np.zeros((1, 1))
-    for batch, (shape, rows, target) in zip(batches(data, size), wanted, strict=True):
-        found = run_session(session, batch)
-        made, given = found[0], found[1] if len(found) > 1 else np.asarray(batch[source.name or ""])
+    for held, (made,), (shape, rows, target) in zip(walk.held, walk.run([layer.end.name or ""]), wanted, strict=True):
         if made.size // made.shape[layer.axis] != math.prod(shape) // shape[layer.axis]:
             return  # what is folded into its positions was cut
-        x = layer.inputs(given, made.shape, rows)
+        x = layer.inputs(held[source.name or ""], made.shape, rows)
         error = (target - layer.outputs(made, rows)) / layer.scale.astype(np.float32)
         if layer.bias is not None:
             x = np.concatenate([x, np.ones((len(x), 1), np.float32)], 1)
@@ -221,14 +252,6 @@ def _fit(
     delta = solve(gram + ridge * np.eye(len(gram)), cross, assume_a="pos")
     if np.isfinite(delta).all():
         layer.change(delta)
-
-
-def _up_to(model: ir.Model, ends: list[ir.Value]) -> ir.Model:
-    """The part of a model that these values are computed by."""
-    model.graph.outputs.clear()
-    model.graph.outputs.extend(ends)
-    common.RemoveUnusedNodesPass()(model)
-    return model
 
 
 def _patches(node: ir.Node, array: NDArray[np.floating], shape: tuple[int, ...], rows: NDArray[np.int64]) -> Sample:
