@@ -85,10 +85,11 @@ def prune(
     if not 0 <= ratio < 1 or (ratio == 0 and layers is None):
         raise UsageError(f"--ratio {ratio:g}: give the share of units to remove, between 0 and 1")
     _check_outputs(model, [output, plan, baseline])
-    units = prunable(normalise(open_model(model)), str(model), granularity, kinds)
-    normal, moved = line_up(units, criterion, seed)
+    normal = normalise(open_model(model))
+    units = prunable(normal, str(model), granularity, kinds)
+    moved = line_up(units, criterion, seed)
     thinner, dropped = _without_layers(normal, layers)
-    if moved or dropped.layers:
+    if dropped.layers:
         units = prunable(thinner, str(model), granularity, kinds)
     scores = normalise_scores(units, score_units(units, criterion, seed), scope)
     if scope == "layer":
@@ -160,7 +161,8 @@ def apply(
     """
     _check_outputs(model, [output, new_plan, baseline])
     wanted = load_plan(Path(plan))
-    normal = reorder(normalise(open_model(model)), wanted.reordered)
+    normal = normalise(open_model(model))
+    reorder(normal, wanted.reordered)
     thinner, dropped = drop_layers(normal, [name for name, _ in wanted.layers])
     granularities: tuple[Granularity, ...] = ("auto", "rows", "columns")
     for granularity in granularities:

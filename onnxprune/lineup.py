@@ -8,12 +8,13 @@ tensors that hold it, changes nothing that the model computes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from onnxprune.data import random_inputs
 from onnxprune.errors import ModelError
@@ -31,21 +32,27 @@ WHOLE = ("head", "group")  # kinds that are rows themselves
 NEIGHBOURS = ("Conv", "LRN")  # where these make a cut inexact, they read neighbouring channels: the order matters
 
 
-def line_up(units: Units, criterion: str = "l2", seed: int = 0) -> tuple[ir.Model, tuple[Reordering, ...]]:
-    """The model with every row sorted, its most important column first, and the record of what was moved.
+def line_up(units: Units, criterion: str = "l2", seed: int = 0) -> tuple[Reordering, ...]:
+    """Sorts every row of the model of `units` in place, its most important column first; returns what was moved.
 
-    It is the model of `units` itself where nothing can be sorted, where that holds over 512 MiB of weights, and where
-    the sorted one, run on random inputs, doesn't compute the same: where even the order of a sum shows in the outputs.
+    The units stay what they were: each is another set of positions now. Nothing is moved where nothing can be sorted,
+    where the model holds over 512 MiB of weights, and where the sorted one, run on random inputs, doesn't compute the
+    same: where even the order of a sum shows in the outputs.
     """
     model = units.model
     moved = () if weight_bytes(model) > LARGE else sort_rows(units, criterion, seed)
     if not moved:
-        return model, ()
-    ordered = reorder(model, moved)
+        return ()
     inputs = [random_inputs(model, seed, batch=None)]
-    before, after = (run_on_all(comparable_form(each), inputs) for each in (model, ordered))
-    same = all(relative_difference(a, b) <= tolerance(model) for a, b in zip(before, after, strict=True))
-    return (ordered, moved) if same else (model, ())
+    held = {each.initializer: model.graph.initializers[each.initializer].const_value for each in moved}
+    before = run_on_all(comparable_form(model), inputs)
+    reorder(model, moved)
+    after = run_on_all(comparable_form(model), inputs)
+    if all(relative_difference(a, b) <= tolerance(model) for a, b in zip(before, after, strict=True)):
+        return moved
+    for name, tensor in held.items():
+        model.graph.initializers[name].const_value = tensor
+    return ()
 
 
 def sort_rows(units: Units, criterion: str = "l2", seed: int = 0) -> tuple[Reordering, ...]:
@@ -53,72 +60,76 @@ def sort_rows(units: Units, criterion: str = "l2", seed: int = 0) -> tuple[Reord
     return tuple(_reorderings(find_rows(units), criterion, seed))
 
 
-def reorder(model: ir.Model, reorderings: Iterable[Reordering]) -> ir.Model:
-    """A copy of a model with positions of initializers moved. Raises `ModelError` for one that doesn't fit."""
-    model = model.clone()
+def reorder(model: ir.Model, reorderings: Iterable[Reordering]) -> None:
+    """Moves positions of initializers, in place. Raises `ModelError` for a reordering that doesn't fit."""
     for each in reorderings:
         value = model.graph.initializers.get(each.initializer)
         if value is None or value.const_value is None or not each.fits(tuple(value.const_value.shape.numpy())):
             raise ModelError(f"the plan doesn't fit the model: it reorders {each.initializer!r} along axis {each.axis}")
         value.const_value = ir.Tensor(each.apply(value.const_value.numpy()), dtype=value.dtype, name=value.name)
-    return model
 
 
-class Place(NamedTuple):
-    """Where a position of a flat axis stands: in which row, in which of the parts that share its order, which unit."""
-
-    row: int
-    part: tuple[int, ...]
-    unit: int
-
-
-@dataclass(frozen=True)
+@dataclass
 class Rows:
-    """A place for every atom of a flat axis that is cut by columns.
+    """Where every position of a flat axis stands that is cut by columns.
 
-    `group` numbers the groups by component, -1 for what can't be removed; `rows` holds the sets of rows of each group,
-    one for each rectangle, and `fixed` the groups whose columns can't be moved. Rows are named by the atoms of the axis
-    that numbers them; those that hold the same positions are `same`.
+    Atom a stands in row `row[a]`, in part `part[a]` of those that share the order of a row, in the column of component
+    `unit[a]`; row is -1 for other atoms. Rows are named by the atoms of the axis that numbers them. `group` numbers the
+    groups by component, -1 for what can't be removed; `rows` holds those of each group, one array for each rectangle,
+    and `fixed` the groups whose columns can't be moved.
     """
 
     units: Units
     group: Ids
-    places: dict[int, Place]
-    rows: dict[int, list[set[int]]]
-    same: dict[int, int]
+    row: Ids
+    part: Ids
+    unit: Ids
+    rows: dict[int, list[Ids]]
     fixed: set[int]
+    parts: int = 0
+    named: Ids = field(default_factory=lambda: np.empty(0, np.int64))  # the one name of every row
 
-    def one_of(self, row: int) -> int:
-        """The row that stands for all that are the same."""
-        while row in self.same:
-            row = self.same[row]
-        return row
+    @property
+    def solution(self) -> Solution:
+        """The analysis that the rows come from."""
+        return self.units.solution
 
-    def of(self, group: int) -> set[int]:
-        """The rows of a group."""
-        return {self.one_of(row) for row in self.rows[group][0]}
+    def key(self, row: Ids, part: Ids, unit: Ids) -> Ids:
+        """One number for a place."""
+        return np.asarray((row * (self.parts + 1) + part) * self.units.count + unit)
 
-    def vectors(self) -> Iterator[tuple[ir.Value, int, list[int], list[int]]]:
-        """(value, axis, atom of each position, unit of each position) wherever columns of a group lie."""
-        solution = self.units.solution
-        for value, vectors in solution.flow.axes.items():
+    def vectors(self) -> Iterator[tuple[ir.Value, int, Ids, Ids, set[int]]]:
+        """(value, axis, atom of each position, unit of each position, groups) wherever columns of a group lie."""
+        columns = np.isin(self.group, list(self.rows))
+        for value, vectors in self.solution.flow.axes.items():
             for axis, vector in enumerate(vectors):
-                if vector is not None and np.isin(self.group[solution.component[vector]], list(self.rows)).any():
-                    yield value, axis, solution.atom[vector].tolist(), solution.component[vector].tolist()
+                if vector is not None:
+                    units = self.solution.component[vector]
+                    if columns[units].any():
+                        groups = np.unique(self.group[units[columns[units]]])
+                        yield value, axis, self.solution.atom[vector], units, set(groups.tolist())
 
-    def beside(self, value: ir.Value, axis: int, group: int) -> tuple[int, list[int]] | None:
+    def beside(self, value: ir.Value, axis: int, group: int) -> tuple[int, Ids] | None:
         """Another axis of a value along which the rows of a group lie, and the row at each of its positions."""
-        for other, vector in enumerate(self.units.solution.flow.axes[value]):
+        for other, vector in enumerate(self.solution.flow.axes[value]):
             if vector is not None and other != axis:
-                atoms = self.units.solution.atom[vector].tolist()
-                rows = [self.places[atom].row if atom in self.places else self.one_of(atom) for atom in atoms]
-                if set(rows) <= self.of(group):
+                atoms = self.solution.atom[vector]
+                rows = np.where(self.row[atoms] >= 0, self.row[atoms], self.named[atoms])
+                if np.isin(rows, self.rows[group][0]).all():
                     return other, rows
         return None
 
     def movable(self) -> list[int]:
         """The groups that have several rows, each of which can be sorted."""
-        return [group for group in self.rows if group not in self.fixed and len(self.of(group)) > 1]
+        return [group for group, rows in self.rows.items() if group not in self.fixed and len(rows[0]) > 1]
+
+    def name_once(self, links: list[Ids]) -> None:
+        """Gives rows that hold the same positions one name."""
+        count, pairs = len(self.row), np.concatenate(links or [np.empty((2, 0), np.int64)], 1)
+        graph = coo_array((np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1])), shape=(count, count))
+        self.named = np.asarray(connected_components(graph, directed=False)[1], np.int64)
+        self.row = np.where(self.row >= 0, self.named[self.row], -1)
+        self.rows = {group: [np.unique(self.named[each]) for each in sets] for group, sets in self.rows.items()}
 
 
 def find_rows(units: Units) -> Rows:
@@ -127,21 +138,27 @@ def find_rows(units: Units) -> Rows:
     for number, each in enumerate(units.groups):
         group[each.units] = number
     whole = {number for number, each in enumerate(units.groups) if each.kind in WHOLE}
-    rows = Rows(units, group, {}, {}, {}, whole)
-    for rectangle, columns in _inside_out(solution):
-        _place(rows, rectangle, columns)
-    rows.places.update({atom: Place(rows.one_of(p.row), p.part, p.unit) for atom, p in rows.places.items()})
+    count = int(solution.atom.max(initial=-1)) + 1
+    unit = np.zeros(count, np.int64)
+    unit[solution.atom] = solution.component
+    rows = Rows(units, group, np.full(count, -1), np.zeros(count, np.int64), unit, {}, whole)
+    heads = np.zeros(count, bool)
+    for vector in solution.flow.heads:
+        heads[solution.atom[vector]] = True
+    rows.name_once(
+        [links for rectangle, axis in _inside_out(solution) for links in _place(rows, rectangle, axis, heads)]
+    )
     for number, sets in rows.rows.items():
-        if any({rows.one_of(row) for row in each} != rows.of(number) for each in sets):
+        if any(not np.array_equal(each, sets[0]) for each in sets):
             rows.fixed.add(number)
     names = {node.name: node for node in units.model.graph}
-    for unit, nodes in solution.inexact_nodes.items():
+    for component, nodes in solution.inexact_nodes.items():
         if any(names[name].op_type in NEIGHBOURS for name in nodes):
-            rows.fixed.add(int(group[unit]))
-    for value, axis, atoms, owners in rows.vectors():
-        for number in {int(group[unit]) for unit in owners} & set(rows.rows):
-            inside = [(atom, unit) for atom, unit in zip(atoms, owners, strict=True) if group[unit] == number]
-            if not _can_move(rows, value, axis, number, inside):
+            rows.fixed.add(int(group[component]))
+    for value, axis, atoms, owners, groups in rows.vectors() if rows.movable() else ():
+        for number in groups - rows.fixed:
+            inside = group[owners] == number
+            if not _can_move(rows, value, axis, number, atoms[inside], owners[inside]):
                 rows.fixed.add(number)
     return rows
 
@@ -153,52 +170,55 @@ def _inside_out(solution: Solution) -> list[tuple[Rectangle, int]]:
         for rectangle in solution.flow.rectangles
         for axis in [a for a in range(len(rectangle.sizes)) if _cut_along(solution, rectangle, a)][:1]
     ]
-    holds = {atom: k for k, (rectangle, _) in enumerate(rectangles) for atom in solution.atom[rectangle.flat].tolist()}
+    holds = np.full(int(solution.atom.max(initial=-1)) + 1, -1)
+    for number, (rectangle, _) in enumerate(rectangles):
+        holds[solution.atom[rectangle.flat]] = number
     ordered: dict[int, tuple[Rectangle, int]] = {}
 
-    def visit(k: int, path: frozenset[int]) -> None:
-        rectangle, axis = rectangles[k]
-        for inner in {holds[atom] for atom in _atoms(solution, rectangle, axis).tolist() if atom in holds} - path:
+    def visit(number: int, path: frozenset[int]) -> None:
+        rectangle, axis = rectangles[number]
+        for inner in set(np.unique(holds[_atoms(solution, rectangle, axis)]).tolist()) - {-1} - path:
             if inner not in ordered:
                 visit(inner, path | {inner})
-        ordered.setdefault(k, rectangles[k])
+        ordered.setdefault(number, rectangles[number])
 
-    for k in range(len(rectangles)):
-        visit(k, frozenset({k}))
+    for number in range(len(rectangles)):
+        visit(number, frozenset({number}))
     return list(ordered.values())
 
 
-def _place(rows: Rows, rectangle: Rectangle, columns: int) -> None:
-    """Gives every position of a rectangle that is cut along `columns` its place."""
-    solution, sizes = rows.units.solution, rectangle.sizes
-    flat, units = solution.atom[rectangle.flat].tolist(), solution.component[rectangle.flat]
+def _place(rows: Rows, rectangle: Rectangle, columns: int, heads: NDArray[np.bool_]) -> list[Ids]:
+    """Gives every position of a rectangle that is cut along `columns` its place; pairs of rows that are the same."""
+    solution, sizes = rows.solution, rectangle.sizes
+    atoms, units = solution.atom[rectangle.flat], solution.component[rectangle.flat]
     others = [axis for axis, vector in enumerate(rectangle.axes) if vector is not None and axis != columns]
-    groups = {int(group) for group in rows.group[units]} - {-1}
+    groups = set(np.unique(rows.group[units]).tolist()) - {-1}
     if not others or not groups:
-        return
+        return []
+    along = max(others, key=lambda axis: (heads[_atoms(solution, rectangle, axis)].any(), sizes[axis]))
     number = np.indices(sizes).reshape(len(sizes), -1)
-    across = _atoms(solution, rectangle, columns)[number[columns]].tolist()
-    heads = np.concatenate([solution.atom[vector] for vector in solution.flow.heads] or [np.empty(0, np.int64)])
-    along = max(others, key=lambda axis: (np.isin(_atoms(solution, rectangle, axis), heads).any(), sizes[axis]))
-    names = _atoms(solution, rectangle, along)[number[along]].tolist()
-    index = np.delete(number, columns if across[0] in rows.places else [columns, along], 0).T.tolist()
-    start, into = len(rows.places), dict[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...]]]()
-    own, clear = dict[int, Place](), True
-    for atom, row, unit, column, rest in zip(flat, names, units.tolist(), across, index, strict=True):
-        inner = rows.places.get(column)
-        place = (
-            Place(row, (start, *rest), unit) if inner is None else Place(inner.row, (start, *rest, *inner.part), unit)
-        )
-        known = rows.places.setdefault(atom, place)
-        if rows.one_of(known.row) != rows.one_of(place.row):
-            rows.same[rows.one_of(place.row)] = rows.one_of(known.row)
-        clear &= known.unit == unit and into.setdefault(place[:2], known[:2]) == known[:2]
-        own[atom] = place
-    clear &= len(set(own.values())) == len(own)
+    across = _atoms(solution, rectangle, columns)[number[columns]]
+    row, part = _atoms(solution, rectangle, along)[number[along]], np.zeros(len(atoms), np.int64)
+    nested = rows.row[across[0]] >= 0  # the columns are flat themselves: theirs are the rows
+    for axis in set(range(len(sizes))) - {columns, *(() if nested else (along,))}:
+        part = part * sizes[axis] + number[axis]
+    if nested:
+        row, part = rows.row[across], part * (rows.parts + 1) + rows.part[across]
+    part = rows.parts + np.unique(part, return_inverse=True)[1].ravel()
+    _, first, index = np.unique(atoms, return_index=True, return_inverse=True)
+    known = rows.row[atoms] >= 0
+    there_row = np.where(known, rows.row[atoms], row[first][index.ravel()])
+    there_part = np.where(known, rows.part[atoms], part[first][index.ravel()])
+    rows.row[atoms], rows.part[atoms], rows.parts = there_row, there_part, int(part.max()) + 1
+    cells, there = rows.key(row, part, 0 * row), rows.key(there_row, there_part, 0 * row)
+    _, cell = np.unique(cells, return_inverse=True)
+    torn = len(np.unique(np.stack([cell.ravel(), there]), axis=1).T) > int(cell.max()) + 1
+    repeated = len(np.unique(rows.key(row, part, units)[first])) < len(first)
     for group in groups:
-        rows.rows.setdefault(group, []).append({place.row for place in own.values()})
-        if not clear:
+        rows.rows.setdefault(group, []).append(row)
+        if torn or repeated:
             rows.fixed.add(group)
+    return [np.unique(np.stack([row, there_row]), axis=1)]
 
 
 def _cut_along(solution: Solution, rectangle: Rectangle, axis: int) -> bool:
@@ -217,22 +237,23 @@ def _atoms(solution: Solution, rectangle: Rectangle, axis: int) -> Ids:
     return solution.atom[vector]
 
 
-def _can_move(rows: Rows, value: ir.Value, axis: int, group: int, inside: list[tuple[int, int]]) -> bool:
-    """Whether the columns of a group, of which these (atom, unit) lie along an axis, have an order for each row here.
+def _can_move(rows: Rows, value: ir.Value, axis: int, group: int, atoms: Ids, units: Ids) -> bool:
+    """Whether the columns of a group, of which these atoms and units lie along an axis, can be ordered by rows here.
 
     An initializer must hold whole rows, since something else comes to stand in every place.
     """
-    whole = len(rows.units.groups[group].units)
-    known = [rows.places[atom] for atom, _ in inside if atom in rows.places]
-    if known:
-        unique = len(set(known)) == len(known) == len(inside)
-        complete = len(known) == whole * len({(place.row, place.part) for place in known})
-        return len(known) == len(inside) and (not value.is_initializer() or (unique and complete))
-    if len({unit for _, unit in inside}) < len(inside):
+    whole, placed = len(rows.units.groups[group].units), rows.row[atoms] >= 0
+    if placed.any():
+        if not placed.all() or not value.is_initializer():
+            return bool(placed.all())
+        row, part = rows.row[atoms], rows.part[atoms]
+        cells = len(np.unique(rows.key(row, part, 0 * units)))
+        return len(np.unique(rows.key(row, part, units))) == len(atoms) == whole * cells
+    if len(np.unique(units)) < len(units):
         return False
     if rows.beside(value, axis, group) is None:
         return value.is_initializer() and _constant_along(value, axis)
-    return not value.is_initializer() or len(inside) == whole
+    return not value.is_initializer() or len(units) == whole
 
 
 def _constant_along(value: ir.Value, axis: int) -> bool:
@@ -240,34 +261,28 @@ def _constant_along(value: ir.Value, axis: int) -> bool:
     return array is not None and bool((array == array.take([0], axis)).all())
 
 
-Orders = dict[int, dict[int, list[int]]]  # group -> row -> its units, the best first
+Order = tuple[Ids, Ids]  # the rows of a group, and for each the numbers of its units, the best first
 
 
-def _orders(rows: Rows, criterion: str, seed: int) -> Orders:
+def _orders(rows: Rows, criterion: str, seed: int) -> dict[int, Order]:
     """The units of every movable row by importance: each row is scored as if it were cut by itself."""
-    units, solution, movable = rows.units, rows.units.solution, set(rows.movable())
-    ids: dict[tuple[int, int], int] = {}
-    component = solution.component.copy()
-    apart = np.full(int(solution.atom.max(initial=0)) + 1, -1)
-    for atom, place in rows.places.items():
-        if rows.group[place.unit] in movable:
-            apart[atom] = ids.setdefault((place.row, place.unit), units.count + len(ids))
-    alone = apart[solution.atom] >= 0
-    component[alone] = apart[solution.atom][alone]
-    single = replace(solution, component=component, locked=np.zeros(units.count + len(ids), bool))
-    groups = [
-        replace(each, units=np.array([ids[row, unit] for row in rows.of(number) for unit in each.units.tolist()]))
-        if number in movable
-        else each
-        for number, each in enumerate(units.groups)
-    ]
+    units, solution, movable = rows.units, rows.solution, rows.movable()
+    count = units.count
+    moved = np.flatnonzero((rows.row >= 0) & np.isin(rows.group[rows.unit], movable))
+    keys, inverse = np.unique(rows.row[moved] * count + rows.unit[moved], return_inverse=True)
+    alone = np.full(len(rows.row), -1)
+    alone[moved] = count + inverse.ravel()
+    apart = alone[solution.atom]
+    component = np.where(apart >= 0, apart, solution.component)
+    ids = {
+        number: count + np.searchsorted(keys, rows.rows[number][0][:, None] * count + units.groups[number].units)
+        for number in movable
+    }
+    groups = [replace(each, units=ids[n].ravel()) if n in ids else each for n, each in enumerate(units.groups)]
+    single = replace(solution, component=component, locked=np.zeros(count + len(keys), bool))
     scores = score_units(replace(units, solution=single, groups=tuple(groups)), criterion, seed)
     return {
-        number: {
-            row: sorted(units.groups[number].units.tolist(), key=lambda unit, row=row: -scores[ids[row, unit]])  # type: ignore[misc]
-            for row in rows.of(number)
-        }
-        for number in movable
+        number: (rows.rows[number][0], np.argsort(-scores[each], axis=1, kind="stable")) for number, each in ids.items()
     }
 
 
@@ -276,29 +291,27 @@ def _reorderings(rows: Rows, criterion: str, seed: int) -> Iterator[Reordering]:
     if not rows.movable():
         return
     orders = _orders(rows, criterion, seed)
-    takes = {  # (row, unit) -> the unit that comes to stand there
-        (row, unit): taken
-        for number, by_row in orders.items()
-        for row, order in by_row.items()
-        for unit, taken in zip(rows.units.groups[number].units.tolist(), order, strict=True)
-    }
-    for value, axis, atoms, owners in rows.vectors():
+    rank = np.zeros(rows.units.count, np.int64)
+    for each in rows.units.groups:
+        rank[each.units] = np.arange(len(each.units))
+    for value, axis, atoms, owners, groups in rows.vectors():
         if not value.is_initializer():
             continue
-        for number in {int(rows.group[unit]) for unit in owners} & set(orders):
-            inside = [k for k, unit in enumerate(owners) if rows.group[unit] == number]
-            name = value.name or ""
-            if atoms[inside[0]] in rows.places:
-                at = {rows.places[atoms[k]]: k for k in inside}
-                order = np.arange(len(atoms))
-                for place, k in at.items():
-                    order[k] = at[Place(place.row, place.part, takes[place.row, place.unit])]
+        for number in groups & set(orders):
+            names, best = orders[number]
+            inside, name = np.flatnonzero(rows.group[owners] == number), value.name or ""
+            units, members = owners[inside], rows.units.groups[number].units
+            if rows.row[atoms[inside[0]]] >= 0:
+                row, part = rows.row[atoms[inside]], rows.part[atoms[inside]]
+                taken = members[best[np.searchsorted(names, row), rank[units]]]
+                keys = rows.key(row, part, units)
+                order, sorting = np.arange(len(atoms)), np.argsort(keys)
+                order[inside] = inside[sorting[np.searchsorted(keys, rows.key(row, part, taken), sorter=sorting)]]
                 yield Reordering(name, axis, order)
             elif (found := rows.beside(value, axis, number)) is not None:
-                along, rows_there = found
-                column = {owners[k]: k for k in inside}
-                order = np.tile(np.arange(len(atoms)), (len(rows_there), 1))
-                for index, row in enumerate(rows_there):
-                    for unit, k in column.items():
-                        order[index, k] = column[takes[row, unit]]
+                along, row = found
+                at = np.zeros(len(members), np.int64)
+                at[rank[units]] = inside
+                order = np.tile(np.arange(len(atoms)), (len(row), 1))
+                order[:, inside] = at[best[np.searchsorted(names, row)][:, rank[units]]]
                 yield Reordering(name, axis, order, along)

@@ -103,9 +103,7 @@ def run(
     listener.stage("opening and normalising the model")
     baseline = normalise(open_model(source))
     units = prunable(baseline, str(source), options.granularity, options.kinds)
-    baseline, moved = line_up(units, options.criterion, options.seed)
-    if moved:
-        units = prunable(baseline, str(source), options.granularity, options.kinds)
+    moved = line_up(units, options.criterion, options.seed)
     train, evaluation = _load(baseline, data, eval_data, images, options, notes)
     judge = Judge(
         baseline, evaluation, find_metric(options.metric, evaluation), options.threads, bool(data or eval_data)

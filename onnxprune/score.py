@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -17,8 +18,8 @@ from onnxprune.units import Group, Units, is_parameter, weight_matrix
 Scores = NDArray[np.float64]
 Scope = Literal["layer", "global", "isomorphic"]
 
+CHUNK = 2**24  # weights that are converted at a time
 PASSING = ("DequantizeLinear", "Cast", "Transpose")
-CHUNK = 2**21  # weights that are converted at a time
 WEIGHTED = {  # operator -> the input that is a weight; None: any of them
     "Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": None, "RNN": 1, "GRU": 1, "LSTM": 1, "Gather": 0,
     "Einsum": None, "FusedConv": 1, "FusedGemm": 1, "FusedMatMul": None, "DeformConv": 1, "Attention": 1,
@@ -36,30 +37,34 @@ def score_units(units: Units, criterion: str = "l2", seed: int = 0) -> Scores:
     return CRITERIA[criterion](units, seed)
 
 
-Slices = NDArray[np.floating]  # a weight with the scored axis first and all others in one: (positions, weights)
+Block = NDArray[np.floating]  # a weight as (before, positions, after) the scored axis
 
 
-def _l1(weights: Slices) -> Scores:
+def _l1(weights: Block) -> Scores:
     """Sum of |w| (Li et al. 2017, Pruning Filters for Efficient ConvNets, section 3.1)."""
-    return np.asarray(np.abs(weights).sum(1), np.float64)
+    return np.asarray(np.abs(weights).sum((0, 2)), np.float64)
 
 
-def _l2(weights: Slices) -> Scores:
+def _l2(weights: Block) -> Scores:
     """Squared L2 norm, sum of w^2 (Fang et al. 2023, DepGraph, equation 5)."""
-    return np.asarray(np.einsum("ij,ij->i", weights, weights), np.float64)
+    before, count, after = weights.shape
+    rows = weights.reshape(before, count * after)
+    if before == 1:
+        return np.asarray(np.einsum("na,na->n", weights[0], weights[0]), np.float64)
+    return np.asarray(np.einsum("ba,ba->a", rows, rows).reshape(count, after).sum(1), np.float64)
 
 
-def _sensitivity(weights: Slices) -> Scores:
+def _sensitivity(weights: Block) -> Scores:
     """|w|_1 / |w|_2: one for a slice that hangs on a single weight, sqrt(n) for one spread evenly (Hoyer 2004)."""
-    return np.asarray(np.abs(weights).sum(1) / np.maximum(np.linalg.norm(weights, axis=1), 1e-30), np.float64)
+    return np.asarray(_l1(weights) / np.maximum(np.sqrt(_l2(weights)), 1e-30), np.float64)
 
 
-def _logistic(weights: Slices) -> Scores:
+def _logistic(weights: Block) -> Scores:
     """Mean of 1 / (1 + exp(-|w|)): large weights saturate, so that no single one decides."""
-    return np.asarray((1 / (1 + np.exp(-np.abs(weights)))).mean(1), np.float64)
+    return np.asarray((1 / (1 + np.exp(-np.abs(weights)))).mean((0, 2)), np.float64)
 
 
-def _of_weights(slice_score: Callable[[Slices], Scores], units: Units) -> Scores:
+def _of_weights(score: Callable[[Block], Scores], units: Units) -> Scores:
     """The sum, over every weight that a unit touches, of its slice's score relative to the mean of that weight.
 
     Relative, since tensors differ in size and scale; summed, since a unit that many layers read is worth more to keep.
@@ -68,23 +73,22 @@ def _of_weights(slice_score: Callable[[Slices], Scores], units: Units) -> Scores
     for value, axis, vector in units.parameters:
         if value not in weights:
             continue
-        own = np.zeros(units.count)
-        np.add.at(own, vector, _slice_scores(slice_score, constant(value), axis))
+        own = np.bincount(vector, _along(score, constant(value), axis), units.count)
         release(value.const_value)
         present = np.unique(vector)
         total[present] += own[present] / max(float(own[present].mean()), 1e-30)
     return total
 
 
-def _slice_scores(slice_score: Callable[[Slices], Scores], array: NDArray[Any], axis: int) -> Scores:
-    """The score of every slice along an axis, computed on a few slices at a time, in float32 at least."""
-    slices = np.moveaxis(array, axis, 0)
-    step = max(1, CHUNK // max(1, array.size // len(slices)))
-    parts = [slices[i : i + step] for i in range(0, len(slices), step)]
-    if array.dtype == np.uint8:  # about what zero is stored as
-        parts = [part.astype(np.float32) - 128 for part in parts]
+def _along(score: Callable[[Block], Scores], array: NDArray[Any], axis: int) -> Scores:
+    """The score of every slice along an axis, in float32 at least; large weights go in parts."""
+    before, count, after = math.prod(array.shape[:axis]), array.shape[axis], math.prod(array.shape[axis + 1 :])
+    block = array.reshape(before, count, after)
+    step = max(1, CHUNK // max(1, before * after))
     kind = np.float64 if array.dtype == np.float64 else np.float32
-    return np.concatenate([slice_score(part.reshape(len(part), -1).astype(kind, copy=False)) for part in parts])
+    middle = 128 if array.dtype == np.uint8 else 0  # about what zero is stored as
+    parts: list[Block] = [block[:, i : i + step].astype(kind, copy=False) for i in range(0, count, step)]
+    return np.concatenate([score(part - kind(middle) if middle else part) for part in parts])
 
 
 def _bn(units: Units, seed: int) -> Scores:

@@ -25,7 +25,8 @@ from tests.rules.test_rules import EXACT
 
 def lined_up(text: str, granularity: str = "columns") -> tuple[ir.Model, ir.Model, set[str]]:
     model = graph(text)
-    ordered, moved = line_up(find_units(analyse(model, granularity)), "l2")  # type: ignore[arg-type]
+    ordered = model.clone()
+    moved = line_up(find_units(analyse(ordered, granularity)), "l2")  # type: ignore[arg-type]
     return model, ordered, {each.initializer for each in moved}
 
 

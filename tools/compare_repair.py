@@ -44,8 +44,9 @@ def main() -> None:
     given = parser.parse_args()
     module.SAMPLES = given.samples
     granularity = granularity_for("auto", given.kinds)
-    model, _ = line_up(prunable(normalise(open_model(given.model)), given.model, granularity, given.kinds))
+    model = normalise(open_model(given.model))
     units = prunable(model, given.model, granularity, given.kinds)
+    line_up(units)
     train, test = (as_dataset(source, model, ImageOptions()) for source in (given.train, given.test))
     test = test.take(slice(0, TEST))
     metric, cost = find_metric(None, test), Cost(units)

@@ -79,8 +79,7 @@ def measure_own(path: Path) -> dict[str, float]:
     model = normalise(open_model(path))
     opened = time.perf_counter()
     units = find_units(analyse(model))
-    if moved := sort_rows(units):
-        units = find_units(analyse(reorder(model, moved)))
+    reorder(model, sort_rows(units))
     scores = normalise_scores(units, score_units(units), "layer")
     cut(units, survivors_by_share(units, scores, 0.5, Rounding(1)))
     return {"open": opened - begin, "cut": time.perf_counter() - opened}
