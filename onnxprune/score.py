@@ -71,7 +71,7 @@ def _of_weights(score: Callable[[Block], Scores], units: Units) -> Scores:
     """
     total, weights = np.zeros(units.count), set(weight_values(units.model))
     for value, axis, vector in units.parameters:
-        if value not in weights:
+        if value not in weights or units.solution.locked[vector].all():
             continue
         own = np.bincount(vector, _along(score, constant(value), axis), units.count)
         release(value.const_value)

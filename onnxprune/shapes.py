@@ -29,6 +29,10 @@ SCHEMES = (  # (do dynamic dimensions differ, times OTHER_SIZES, is every first 
 )
 IMAGES_FIRST, SEQUENCES_FIRST = (0, 2, 1, 3, 4, 5, 6, 7, 8), (1, 3, 6, 5, 7, 0, 2, 4, 8)
 CONTRIB = "com.microsoft"
+SAME = {  # operators of one input that decides the type and shape of their output
+    *("BatchNormalization", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LayerNormalization"),
+    *("LeakyRelu", "Neg", "Relu", "Selu", "Sigmoid", "Softmax", "Softplus", "Sqrt", "Tanh"),
+}
 LIKE_FIRST = {  # operators of onnxruntime, and which of their outputs have the shape of the first input
     **dict.fromkeys(("BiasGelu", "FastGelu", "QuickGelu", "Gelu", "RotaryEmbedding", "GroupQueryAttention"), (0,)),
     "SimplifiedLayerNormalization": (0,),
@@ -127,7 +131,7 @@ def trace(model: ir.Model, which: int, known: Mapping[str, TypeProto] | None = N
             walk.contents[value.name or ""] = tensor.numpy()
     opsets = [helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
     for node in model.graph:
-        _infer(ir.to_proto(node), walk, opsets)
+        _infer(ir.serde.serialize_node(node), walk, opsets)
     return walk
 
 
@@ -173,6 +177,9 @@ def evaluate_node(
 
 
 def _infer_types(node: onnx.NodeProto, walk: Trace, opsets: list[onnx.OperatorSetIdProto]) -> None:
+    if node.domain == "" and node.op_type in SAME and len(node.output) == 1:
+        walk.types[node.output[0]] = walk.types[node.input[0]]
+        return
     if node.domain == CONTRIB or node.op_type == "SimplifiedLayerNormalization":
         return _infer_contrib(node, walk, opsets)
     _infer_by_schema(node, walk, opsets)
