@@ -22,8 +22,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = [*sorted((ROOT / "onnxprune" / "labels").glob("*.py")), ROOT / "onnxprune" / "cut.py"]
-TESTS = ["tests/rules", "tests/test_unroll.py", "tests/properties"]
+OTHERS = ("cut", "layers", "lineup", "packed", "integers")
+FILES = [
+    *sorted((ROOT / "onnxprune" / "labels").glob("*.py")),
+    *(ROOT / "onnxprune" / f"{name}.py" for name in OTHERS),
+]
+TESTS = ["tests/rules", *(f"tests/test_{name}.py" for name in (*OTHERS[1:], "unroll")), "tests/properties"]
 CALLS = {"tie", "lock", "lock_all", "rectangle", "inexact"}
 TURNED = {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.LtE: ast.Gt, ast.GtE: ast.Lt}
 LIMIT = 300.0  # seconds that the tests may take on one mistake
