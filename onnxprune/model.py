@@ -264,11 +264,6 @@ def _save_with_data(model: ir.Model, path: Path) -> None:
         temporary.write_bytes(proto.SerializeToString())
 
 
-def copy_model(model: ir.Model) -> ir.Model:
-    """A copy whose graph can be changed on its own; the tensors themselves are shared."""
-    return model.clone()
-
-
 class Session(InferenceSession):
     """An onnxruntime session that keeps alive the arrays it reads its weights from."""
 
@@ -306,15 +301,6 @@ def _ort_value(tensor: ir.TensorProtocol) -> OrtValue:
     if tensor.dtype == ir.DataType.BFLOAT16:
         return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(tensor.dtype))
     return OrtValue.ortvalue_from_numpy(array)
-
-
-def parameter_count(model: ir.Model) -> int:
-    """How many floating-point numbers the initializers hold, constants of a single number left out."""
-    return sum(
-        tensor.size
-        for value in model.graph.initializers.values()
-        if (tensor := value.const_value) is not None and tensor.dtype.is_floating_point() and len(tensor.shape)
-    )
 
 
 def release(tensor: ir.TensorProtocol | None) -> None:

@@ -17,7 +17,7 @@ import pytest
 from onnxprune.data import Dataset, load_data
 from onnxprune.errors import TrainingError
 from onnxprune.evaluate import predict, relative_difference, run_model
-from onnxprune.model import copy_model, open_model
+from onnxprune.model import open_model
 from onnxprune.normalise import normalise
 from onnxprune.training import TrainingOptions, fine_tune, runtime, supported
 from onnxprune.training.client import choose_augmentation
@@ -41,7 +41,7 @@ def digits(model: ir.Model, count: int = 256) -> Dataset:
 
 def damaged(model: ir.Model) -> ir.Model:
     """The model with noise on its weights: something to win back."""
-    result, rng = copy_model(model), np.random.default_rng(0)
+    result, rng = model.clone(), np.random.default_rng(0)
     for name in trainable(result):
         value = result.graph.initializers[name]
         array = value.const_value.numpy()  # type: ignore[union-attr]
