@@ -26,7 +26,7 @@ from onnxprune.plan import Plan
 from onnxprune.units import weight_matrix
 
 SAMPLES = 256  # calibration samples
-SIZE = 32  # samples in a batch
+SIZE, FEW = 32, 4  # samples in a batch; in one by which memory is told
 ROWS = 16384  # positions that a layer is fitted on, at most
 WIDEST = 4608  # inputs of an output, beyond which a layer is left alone: its Gram matrix takes 170 MB
 HELD = 2**29  # bytes of uncut outputs that are kept
@@ -96,11 +96,9 @@ def reconstruct(
     weights that several nodes share or that aren't floats, and layers of more than 4,608 inputs.
     """
     layers = list(_layers(model, baseline, plan))
-    size = min(fixed_batch(model) or SIZE, len(data))
-    if not layers or not size:
+    if not layers or len(data) < (fixed_batch(model) or 1):
         return 0
-    feeds = list(batches(data.take(slice(0, min(SAMPLES, len(data)) // size * size)), size))
-    wanted = _uncut_outputs(baseline, layers, feeds, threads)
+    feeds, wanted = _uncut_outputs(baseline, layers, data, threads)
     walk = Walk(model, feeds[: len(wanted[0])], threads)
     for number, layer in enumerate(layers):
         progress(number + 1, len(layers))
@@ -171,12 +169,17 @@ def _own_bias(node: ir.Node) -> ir.Value | None:
 
 
 def _uncut_outputs(
-    baseline: ir.Model, layers: list[Fit], feeds: Sequence[Batch], threads: int | None
-) -> list[list[Target]]:
-    """What the uncut model computes where each layer ends, for as many batches as memory allows to work on."""
+    baseline: ir.Model, layers: list[Fit], data: Dataset, threads: int | None
+) -> tuple[Sequence[Batch], list[list[Target]]]:
+    """Calibration batches, and what the uncut model computes where each layer ends for as many as memory allows."""
     names = [layer.end.name or "" for layer in layers]
     graph = ir.convenience.extract(baseline.graph, baseline.graph.inputs, list(dict.fromkeys(names)))
     session = open_session(ir.Model(graph, ir_version=baseline.ir_version), session_options(threads))
+    size = fixed_batch(baseline) or min(SIZE, len(data))
+    if fixed_batch(baseline) is None and size > FEW:
+        few = run_session(session, next(batches(data.take(slice(0, FEW)), FEW)))
+        size = max(FEW, min(size, FEW * LIVE // sum(array.nbytes for array in few)))
+    feeds = list(batches(data.take(slice(0, min(SAMPLES, len(data)) // size * size)), size))
     random = np.random.default_rng(0)
     found: list[list[Target]] = [[] for _ in layers]
     for number, batch in enumerate(feeds):
@@ -191,7 +194,7 @@ def _uncut_outputs(
             rows = np.sort(random.choice(positions, min(limit, positions), replace=False))
             rest = layer.outputs(array, rows)
             targets.append((array.shape, rows, rest if layer.kept is None else rest[:, layer.kept]))
-    return found
+    return feeds, found
 
 
 class Walk:
