@@ -10,9 +10,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -345,8 +345,7 @@ class Run:
         self.listener.stage(f"round {number}: cutting")
         model, step = cut(units, alive)
         check_cut(state.model, model, step)
-        self.listener.stage(f"round {number}: repairing")
-        self._repair(model, state.plan.then(step))
+        self._repair(model, state.plan.then(step), partial(self.listener.progress, f"round {number}: repairing"))
         repaired = verdict = self.judge.measure(model)
         if self.epochs:
             self._tune(number, folder, model)
@@ -393,9 +392,11 @@ class Run:
         self.listener.stage(f"round {number}: preparing fine-tuning")
         fine_tune(model, self.baseline, self.train, folder / "tune", options, self.augmentation, show)
 
-    def _repair(self, model: ir.Model, plan: Plan) -> None:
+    def _repair(self, model: ir.Model, plan: Plan, progress: Callable[[int, int], None] = lambda *_: None) -> None:
         """What can be done without training: layers fitted to the uncut ones, or else batch normalisation."""
-        if self.train is not None and not reconstruct(model, self.baseline, plan, self.train, self.options.threads):
+        if self.train is None:
+            return
+        if not reconstruct(model, self.baseline, plan, self.train, self.options.threads, progress):
             reestimate_batch_norm(model, self.train, self.options.threads)
 
     def _progress(self, costs: dict[str, int]) -> float:

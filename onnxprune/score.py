@@ -144,9 +144,7 @@ def stored(value: ir.Value | None) -> ir.Value | None:
     """The initializer behind an operand: itself, or what is dequantised, cast or transposed to it."""
     while value is not None and not value.is_initializer():
         node = value.producer()
-        value = (
-            node.inputs[0] if node is not None and node.op_type in ("DequantizeLinear", "Cast", "Transpose") else None
-        )
+        value = node.inputs[0] if node is not None and node.op_type in PASSING else None
     return value
 
 
