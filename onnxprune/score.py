@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -64,8 +65,47 @@ def _logistic(weights: Block) -> Scores:
     return np.asarray((1 / (1 + np.exp(-np.abs(weights)))).mean((0, 2)), np.float64)
 
 
-def _of_weights(score: Callable[[Block], Scores], units: Units) -> Scores:
-    """The sum, over every weight that a unit touches, of its slice's score relative to the mean of that weight.
+def _fpgm(weights: Block) -> Scores:
+    """Sum of the distances to all other slices (He et al. 2019, FPGM, equation 4): what others resemble can go."""
+    before, count, after = weights.shape
+    rows = np.ascontiguousarray(np.moveaxis(weights, 1, 0)).reshape(count, before * after).astype(np.float64)
+    squares, step = np.square(rows).sum(1), max(1, CHUNK // count)
+    total = np.zeros(count)
+    for i in range(0, count, step):
+        apart = squares[i : i + step, None] + squares - 2 * rows[i : i + step] @ rows.T
+        total[i : i + step] = np.sqrt(np.maximum(apart, 0)).sum(1)
+    return total
+
+
+def _to_mean(own: Scores) -> Scores:
+    """Scores of a weight's slices, relative to their mean."""
+    return own / max(float(own.mean()), 1e-30)
+
+
+def _to_survivors(own: Scores) -> Scores:
+    """Scores of a weight's slices, relative to the sum of all that would outlive them.
+
+    Lee et al. 2021, Layer-adaptive Sparsity for the Magnitude-based Pruning (LAMP), equation 3, by slices: the best
+    slice of every weight has the same score, so that no layer goes whole.
+    """
+    order = np.argsort(own, kind="stable")
+    outliving = np.cumsum(own[order][::-1])[::-1]
+    result = np.empty(len(own))
+    result[order] = own[order] / np.maximum(outliving, 1e-30)
+    return result
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How a weight's slices are scored: each by itself, or `whole` ones beside each other, and then made `relative`."""
+
+    score: Callable[[Block], Scores]
+    whole: bool = False
+    relative: Callable[[Scores], Scores] = _to_mean
+
+
+def _of_weights(weighing: Weighing, units: Units) -> Scores:
+    """The sum, over every weight that a unit touches, of its slice's score relative to that weight's other slices.
 
     Relative, since tensors differ in size and scale; summed, since a unit that many layers read is worth more to keep.
     """
@@ -73,22 +113,22 @@ def _of_weights(score: Callable[[Block], Scores], units: Units) -> Scores:
     for value, axis, vector in units.parameters:
         if value not in weights or units.solution.locked[vector].all():
             continue
-        own = np.bincount(vector, _along(score, constant(value), axis), units.count)
+        own: Scores = np.bincount(vector, _along(weighing, constant(value), axis), units.count).astype(np.float64)
         release(value.const_value)
         present = np.unique(vector)
-        total[present] += own[present] / max(float(own[present].mean()), 1e-30)
+        total[present] += weighing.relative(own[present])
     return total
 
 
-def _along(score: Callable[[Block], Scores], array: NDArray[Any], axis: int) -> Scores:
-    """The score of every slice along an axis, in float32 at least; large weights go in parts."""
+def _along(weighing: Weighing, array: NDArray[Any], axis: int) -> Scores:
+    """The score of every slice along an axis, in float32 at least; large weights go in parts where they can."""
     before, count, after = math.prod(array.shape[:axis]), array.shape[axis], math.prod(array.shape[axis + 1 :])
     block = array.reshape(before, count, after)
-    step = max(1, CHUNK // max(1, before * after))
+    step = count if weighing.whole else max(1, CHUNK // max(1, before * after))
     kind = np.float64 if array.dtype == np.float64 else np.float32
     middle = 128 if array.dtype == np.uint8 else 0  # about what zero is stored as
     parts: list[Block] = [block[:, i : i + step].astype(kind, copy=False) for i in range(0, count, step)]
-    return np.concatenate([score(part - kind(middle) if middle else part) for part in parts])
+    return np.concatenate([weighing.score(part - kind(middle) if middle else part) for part in parts])
 
 
 def _bn(units: Units, seed: int) -> Scores:
@@ -113,9 +153,16 @@ def _random(units: Units, seed: int) -> Scores:
     return np.random.default_rng(seed).random(units.count)
 
 
-WEIGHT_CRITERIA = {"l2": _l2, "l1": _l1, "sensitivity": _sensitivity, "logistic": _logistic}
+WEIGHT_CRITERIA = {
+    "l2": Weighing(_l2),
+    "l1": Weighing(_l1),
+    "sensitivity": Weighing(_sensitivity),
+    "logistic": Weighing(_logistic),
+    "fpgm": Weighing(_fpgm, whole=True),
+    "lamp": Weighing(_l2, relative=_to_survivors),
+}
 CRITERIA: dict[str, Callable[[Units, int], Scores]] = {
-    **{name: lambda units, seed, f=score: _of_weights(f, units) for name, score in WEIGHT_CRITERIA.items()},  # type: ignore[misc]
+    **{name: lambda units, seed, w=weighing: _of_weights(w, units) for name, weighing in WEIGHT_CRITERIA.items()},  # type: ignore[misc]
     "bn": _bn,
     "random": _random,
 }

@@ -42,6 +42,20 @@ def test_weight_scores_follow_their_equations() -> None:
         np.testing.assert_allclose(score_units(units, name)[group.units], expected, rtol=1e-6)
 
 
+def test_fpgm_and_lamp_equal_their_equations() -> None:
+    units = find_units(analyse(graph(MLP)))
+    (group,) = units.groups
+    w, v = (units.model.graph.initializers[n].const_value.numpy().astype(np.float64) for n in "wv")  # type: ignore[union-attr]
+    fpgm, lamp = np.zeros(len(group.units)), np.zeros(len(group.units))
+    for slices in (w.T, v):
+        apart = np.array([sum(np.linalg.norm(a - b) for b in slices) for a in slices])
+        squares = (slices**2).sum(1)
+        fpgm += apart / apart.mean()
+        lamp += [s / squares[squares >= s].sum() for s in squares]
+    np.testing.assert_allclose(score_units(units, "fpgm")[group.units], fpgm, rtol=1e-5)
+    np.testing.assert_allclose(score_units(units, "lamp")[group.units], lamp, rtol=1e-5)
+
+
 def test_bn_score_is_the_scale() -> None:
     units = units_of("digits_resnet")
     scores = score_units(units, "bn")
