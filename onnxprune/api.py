@@ -21,7 +21,7 @@ from onnxprune.files import check_writable, sha256, write_json
 from onnxprune.labels import analyse
 from onnxprune.labels.convolution import SPACE
 from onnxprune.labels.solve import Granularity
-from onnxprune.layers import choose_layers, drop_layers, find_layers, weight_scores
+from onnxprune.layers import choose_layers, drop_layers, find_layers, free_layers, weight_scores
 from onnxprune.lineup import line_up, reorder
 from onnxprune.model import digest, external_files, open_model, save_model
 from onnxprune.normalise import normalise
@@ -69,6 +69,7 @@ def prune(
     round_to: int | None = 1,
     granularity: Granularity = "auto",
     kinds: Sequence[str] = (),
+    protect: Sequence[str] = (),
     layers: int | Literal["auto"] | None = None,
     seed: int = 0,
     plan: str | os.PathLike[str] | None = None,
@@ -77,8 +78,9 @@ def prune(
     """One cut by weights alone: removes `ratio` of each group's units, or of all of them under scope "global".
 
     `round_to` rounds widths up to a multiple (None: what convolutions like). `kinds` restricts the cut to some kinds of
-    groups. `layers` layers, those of the smallest weights, are dropped first; with a ratio of 0 nothing else
-    goes. Writes the pruned model to `output`, the plan to `plan` and the normalised model whose names and positions the
+    groups; parameters that match one of the patterns in `protect`, by their name or their node's, keep their shape.
+    `layers` layers, those of the smallest weights, are dropped first; with a ratio of 0 nothing else goes.
+    Writes the pruned model to `output`, the plan to `plan` and the normalised model whose names and positions the
     plan uses to `baseline`. The result has been run in onnxruntime and compared with the mask oracle. Raises subclasses
     of `OnnxPruneError`.
     """
@@ -86,11 +88,11 @@ def prune(
         raise UsageError(f"--ratio {ratio:g}: give the share of units to remove, between 0 and 1")
     _check_outputs(model, [output, plan, baseline])
     normal = normalise(open_model(model))
-    units = prunable(normal, str(model), granularity, kinds)
+    units = prunable(normal, str(model), granularity, kinds, protect)
     moved = line_up(units, criterion, seed)
-    thinner, dropped = _without_layers(normal, layers)
+    thinner, dropped = _without_layers(normal, layers, protect)
     if dropped.layers:
-        units = prunable(thinner, str(model), granularity, kinds)
+        units = prunable(thinner, str(model), granularity, kinds, protect)
     scores = normalise_scores(units, score_units(units, criterion, seed), scope)
     if scope == "layer":
         alive = survivors_by_share(units, scores, ratio, Rounding(round_to))
@@ -101,10 +103,12 @@ def prune(
     return _finish(normal, pruned, done, (units, alive), output, plan, baseline)
 
 
-def _without_layers(model: ir.Model, layers: int | Literal["auto"] | None) -> tuple[ir.Model, Plan]:
+def _without_layers(
+    model: ir.Model, layers: int | Literal["auto"] | None, protect: Sequence[str]
+) -> tuple[ir.Model, Plan]:
     if layers is None:
         return model, Plan({})
-    found = find_layers(model)
+    found = free_layers(model, protect)
     scores = weight_scores(model, found)
     if layers == "auto":  # those that stand out as small
         layers = int((np.array(scores) < np.mean(scores or [0]) - np.std(scores or [0])).sum())

@@ -18,7 +18,7 @@ from onnxprune.model import open_session
 from onnxprune.plan import Plan
 from onnxprune.score import stored, weight_values
 from onnxprune.shapes import Shapes
-from onnxprune.units import is_parameter, weight_matrix
+from onnxprune.units import is_parameter, protected, weight_matrix
 
 CALIBRATION = 64  # samples on which the influence of layers is measured
 UNIMPORTANT = 0.05  # influence below which `auto` drops a layer
@@ -208,6 +208,12 @@ def influence_scores(
             totals[index] += float(((x * y).sum(1) / np.maximum(norms, 1e-30)).mean())
         count += 1
     return [float(1 - total / count) for total in totals]
+
+
+def free_layers(model: ir.Model, protect: Sequence[str]) -> list[Layer]:
+    """The layers that can be dropped and hold no protected parameter."""
+    fixed = set(protected(model, protect))
+    return [layer for layer in find_layers(model) if not fixed.intersection(layer.weights)]
 
 
 def choose_layers(layers: Sequence[Layer], scores: Sequence[float], wanted: int | None) -> list[Layer]:

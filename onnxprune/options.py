@@ -32,6 +32,7 @@ class RunOptions:
     scope: Scope = "global"
     granularity: Granularity = "auto"
     kinds: tuple[str, ...] = ()
+    protect: tuple[str, ...] = ()
     layers: int | Literal["auto"] | None = None
     round_to: int | None = None
     metric: str | None = None

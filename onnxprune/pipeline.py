@@ -24,13 +24,13 @@ from onnxprune.bench import bench_models, find_providers, model_bytes
 from onnxprune.cost import Alive, Cost
 from onnxprune.cut import cut
 from onnxprune.data import Dataset, ImageOptions, as_dataset, random_dataset
-from onnxprune.errors import TrainingError, UsageError
+from onnxprune.errors import ModelError, TrainingError, UsageError
 from onnxprune.evaluate import find_metric
 from onnxprune.files import check_writable, memoised, sha256, write_json
 from onnxprune.finalise import finalise
 from onnxprune.judge import Judge
 from onnxprune.labels import analyse
-from onnxprune.layers import choose_layers, drop_layers, find_layers, influence_scores, weight_scores
+from onnxprune.layers import choose_layers, drop_layers, free_layers, influence_scores, weight_scores
 from onnxprune.lineup import line_up
 from onnxprune.model import open_model, save_model
 from onnxprune.normalise import normalise
@@ -55,7 +55,7 @@ from onnxprune.threshold import (
 )
 from onnxprune.training import TrainingOptions, fine_tune, install_runtime
 from onnxprune.training.client import choose_augmentation
-from onnxprune.units import Units, find_units, granularity_for, of_kinds, prunable
+from onnxprune.units import Units, chosen_units, find_units, prunable
 from onnxprune.verify import check_cut
 from onnxprune.workspace import configuration, open_workspace
 
@@ -64,6 +64,10 @@ PROBE_SAMPLES = 1024
 STEPS_A_ROUND = 1000  # fine-tuning steps that epochs are chosen for when they aren't given
 WITHOUT_DATA = 0.75  # share of the MACs to keep when nothing can be measured
 ROUNDS = 4  # when not given, for runs that an allowed drop alone ends
+
+AUTO, LINED_UP_BY = "auto", "l2"  # rows are sorted before the contest, by one criterion
+CONTESTANTS = ("l2", "l1", "logistic", "fpgm", "bn", "sensitivity")
+CONTEST_AT = {"macs": 0.5}  # where an allowed drop alone decides
 
 MEASURED = ("drop", "loss", "drop_before_tuning")
 RATE, RATE_WITH_BATCH_NORM = 1e-3, 4e-3  # of AdamW, when not given
@@ -102,8 +106,8 @@ def run(
     notes: list[str] = []
     listener.stage("opening and normalising the model")
     baseline = normalise(open_model(source))
-    units = prunable(baseline, str(source), options.granularity, options.kinds)
-    moved = line_up(units, options.criterion, options.seed)
+    units = prunable(baseline, str(source), options.granularity, options.kinds, options.protect)
+    moved = line_up(units, LINED_UP_BY if options.criterion == AUTO else options.criterion, options.seed)
     train, evaluation = _load(baseline, data, eval_data, images, options, notes)
     judge = Judge(
         baseline, evaluation, find_metric(options.metric, evaluation), options.threads, bool(data or eval_data)
@@ -131,6 +135,8 @@ def _load(
     if train is None:
         if options.max_drop is not None or options.metric is not None:
             raise UsageError("--max-drop and --metric need data to measure on: give --data")
+        if options.criterion == AUTO:
+            raise UsageError("--criterion auto tries criteria on data: give --data, or name one")
         notes.append("no data: pruned by weights alone; accuracy was not measured, fidelity is on random inputs")
         return None, random_dataset(model, 64, options.seed)
     train, evaluation = train.split(HELD_BACK, options.seed)
@@ -200,6 +206,19 @@ class Run:
         """MACs, parameters and bytes of the uncut model."""
         return costs_of(self.units)
 
+    @cached_property
+    def criterion(self) -> str:
+        """How units are scored: as named, or the winner of the contest."""
+        return self.options.criterion if self.options.criterion != AUTO else min(self.contest, key=self.contest.get)  # type: ignore[arg-type]
+
+    @cached_property
+    def contest(self) -> dict[str, float]:
+        """For --criterion auto, the loss after the same cut by each criterion, repaired, before any fine-tuning."""
+        if self.options.criterion != AUTO:
+            return {}
+        found: dict[str, float] = memoised(self.folder / "contest.json", self._hold_contest)
+        return found
+
     # ---- the loop
 
     def execute(self) -> Report:
@@ -230,7 +249,7 @@ class Run:
         start = Plan({}, reordered=self.moved)
         if self.options.layers is None:
             return State(self.baseline, start)
-        layers, wanted = find_layers(self.baseline), self.options.layers
+        layers, wanted = free_layers(self.baseline, self.options.protect), self.options.layers
         if self.train is None:
             scores = weight_scores(self.baseline, layers)
         else:
@@ -239,6 +258,29 @@ class Run:
         self.note(f"layers dropped: {', '.join(layer.name for layer in chosen) or 'none'}")
         model, dropped = drop_layers(self.baseline, [layer.name for layer in chosen])
         return State(model, start.then(dropped))
+
+    def _hold_contest(self) -> dict[str, float]:
+        """Cuts the uncut model to the targets, or to half of the MACs, by one criterion after the other."""
+        cost, losses = Cost(self.units), dict[str, float]()
+        limits = {name: share * self.base_costs[name] for name, share in (self.targets or CONTEST_AT).items()}
+        for number, criterion in enumerate(CONTESTANTS):
+            self.listener.progress(f"trying criteria: {criterion}", number + 1, len(CONTESTANTS))
+            try:
+                units, scores, _ = self._scored(self.baseline, criterion)
+            except ModelError:
+                continue  # needs what the model hasn't
+            fits = lambda alive: all(cost.measures[name](alive) <= limit for name, limit in limits.items())  # noqa: E731
+            if (chosen := tau_for(units, scores, Rounding(self.options.round_to), fits)) is None:
+                continue
+            model, plan = cut(units, chosen[1])
+            self._repair(model, plan)
+            losses[criterion] = self.judge.measure(model, PROBE_SAMPLES).loss
+        losses = losses or {LINED_UP_BY: float("inf")}
+        self.note(
+            "criteria by loss: "
+            + ", ".join(f"{name} {losses[name]:.4f}" for name in sorted(losses, key=losses.__getitem__))
+        )
+        return losses
 
     def note(self, text: str) -> None:
         """Something the user should know; it stands in the report too."""
@@ -310,11 +352,11 @@ class Run:
             tau = tau if after <= before * (1 - LEAST_GAIN) else None
         return {"tau": tau, "round_to": rounding.multiple}
 
-    def _scored(self, model: ir.Model) -> tuple[Units, NDArray[np.float64], Rounding]:
-        granularity = granularity_for(self.options.granularity, self.options.kinds)
-        units = of_kinds(find_units(analyse(model, granularity)), self.options.kinds)
-        raw = score_units(units, self.options.criterion, self.options.seed)
-        return units, normalise_scores(units, raw, self.options.scope, self.origin), Rounding(self.options.round_to)
+    def _scored(self, model: ir.Model, criterion: str | None = None) -> tuple[Units, NDArray[np.float64], Rounding]:
+        options = self.options
+        units = chosen_units(model, options.granularity, options.kinds, options.protect)
+        raw = score_units(units, criterion or self.criterion, options.seed)
+        return units, normalise_scores(units, raw, options.scope, self.origin), Rounding(options.round_to)
 
     # ---- one round
 
@@ -445,6 +487,7 @@ class Run:
             target=self._verdict(all_costs[1], verdicts[1].drop - verdicts[0].drop),
             speedup=speedup,
             notes=tuple(self.notes),
+            contest=self.contest,
             run_dir=str(self.folder),
             options=asdict(self.options),
             versions=versions(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 
 import numpy as np
@@ -159,15 +160,53 @@ def of_kinds(units: Units, kinds: Sequence[str]) -> Units:
     return replace(units, groups=groups)
 
 
+def unprotected(units: Units, patterns: Sequence[str]) -> Units:
+    """The same units, without the groups that would cut a protected parameter (`protected`)."""
+    if not patterns:
+        return units
+    fixed = {value.name for value in protected(units.model, patterns)}
+    return replace(units, groups=tuple(group for group in units.groups if not fixed.intersection(group.members)))
+
+
+def protected(model: ir.Model, patterns: Sequence[str]) -> list[ir.Value]:
+    """The parameters whose name, or a node of theirs, matches one of these patterns (`*`, `?`, `[abc]`).
+
+    Raises `UsageError` for a pattern that matches nothing.
+    """
+    names = {
+        value: {value.name or "", *(user.name or "" for user in value.consumers())}
+        for value in model.graph.initializers.values()
+    }
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for each in names.values() for name in each):
+            raise UsageError(
+                f"--protect {pattern}: no initializer and no node with one has such a name; 'inspect' lists the groups"
+            )
+    return [v for v, each in names.items() if any(fnmatchcase(name, p) for p in patterns for name in each)]
+
+
 def granularity_for(granularity: Granularity, kinds: Sequence[str]) -> Granularity:
     """Columns where the insides of heads are asked for and heads themselves aren't; else what is given."""
     inside = {"qk", "value"} & set(kinds)
     return "columns" if granularity == "auto" and inside and "head" not in kinds else granularity
 
 
-def prunable(model: ir.Model, name: str, granularity: Granularity = "auto", kinds: Sequence[str] = ()) -> Units:
+def chosen_units(model: ir.Model, granularity: Granularity, kinds: Sequence[str], protect: Sequence[str]) -> Units:
+    """The units of a normalised model that a run may remove; perhaps none. Raises as `of_kinds` and `protected` do."""
+    return unprotected(of_kinds(find_units(analyse(model, granularity_for(granularity, kinds))), kinds), protect)
+
+
+def prunable(
+    model: ir.Model,
+    name: str,
+    granularity: Granularity = "auto",
+    kinds: Sequence[str] = (),
+    protect: Sequence[str] = (),
+) -> Units:
     """The units of a normalised model. Raises `ModelError` with the reasons when nothing can be pruned."""
-    units = of_kinds(find_units(analyse(model, granularity_for(granularity, kinds))), kinds)
+    units = chosen_units(model, granularity, kinds, protect)
+    if protect and not units.groups:
+        raise ModelError(f"{name}: everything that could be pruned is protected; give narrower patterns to --protect")
     if not any(len(group.units) > 1 for group in units.groups):
         reasons = sorted({lock.reason for lock in units.solution.lock_reasons().values()})
         raise ModelError(

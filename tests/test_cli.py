@@ -382,3 +382,48 @@ def test_layers_alone_are_dropped(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "p.json").read_text())["layers"]) == 3
     many = call("prune", MODELS / "digits_vit.onnx", "-o", "o.onnx", "--ratio", 0.5, "--layers", 99, cwd=tmp_path)
     assert many.status == 2 and "6 layers" in many.err
+
+
+def test_what_is_protected_keeps_its_shape(tmp_path: Path) -> None:
+    model = MODELS / "digits_resnet.onnx"
+    wanted = ("--protect", "blocks.0.*", "--protect", "*.skip.?.weight")
+    result = call("prune", model, "-o", "o.onnx", "--ratio", 0.5, *wanted, cwd=tmp_path)
+    unknown = call("prune", model, "-o", "no.onnx", "--ratio", 0.5, "--protect", "wing*", cwd=tmp_path)
+    everything = call("run", model, "-o", "no.onnx", "--protect", "*", cwd=tmp_path)
+    assert result.status == 0, result.err
+    assert unknown.status == 2 and "wing*" in unknown.err
+    assert everything.status == 3 and "protect" in everything.err
+    assert not (tmp_path / "no.onnx").exists()
+    before, after = (
+        {each.name: tuple(each.dims) for each in onnx.load(str(path)).graph.initializer}
+        for path in (model, tmp_path / "o.onnx")
+    )
+    kept = [name for name in before if name.startswith("blocks.0.") or ".skip." in name]
+    assert kept and all(after[name] == before[name] for name in kept if name in after)
+    assert sum(map(np.prod, after.values())) < 0.9 * sum(map(np.prod, before.values()))
+
+
+def test_criteria_are_tried_and_the_best_is_kept(tmp_path: Path) -> None:
+    arguments = (
+        "run",
+        MODELS / "digits_mlp.onnx",
+        "--criterion",
+        "auto",
+        "--target-macs",
+        0.4,
+        "--epochs",
+        0,
+        "--json",
+    )
+    result = call(*arguments, "--data", DIGITS, "--eval-data", TEST, "-o", "o.onnx", cwd=tmp_path)
+    assert result.status == 0, result.err
+    contest = result.json["contest"]
+    assert {"l2", "l1", "fpgm"} <= set(contest) and "bn" not in contest
+    best = min(contest, key=contest.get)
+    named = call(
+        *arguments[:3], best, *arguments[4:], "--data", DIGITS, "--eval-data", TEST, "-o", "n.onnx", cwd=tmp_path
+    )
+    rounds = [each["rounds"][0] for each in (result.json, named.json)]
+    assert rounds[0]["widths"] == rounds[1]["widths"] and best in result.err
+    without = call(*arguments, "-o", "o.onnx", cwd=tmp_path)
+    assert without.status == 2 and "--data" in without.err

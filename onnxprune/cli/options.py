@@ -52,6 +52,12 @@ KINDS_OPTION = click.option(
     callback=lambda ctx, param, values: tuple(kind for value in values for kind in value.split(",") if kind),
     help="Cut only these kinds of groups: width, residual, group, head, qk, value, hidden.",
 )
+PROTECT_OPTION = click.option(
+    "--protect",
+    multiple=True,
+    metavar="PATTERN",
+    help="Parameters and nodes of such names keep their shape: '*', '?' and '[abc]' match; repeatable.",
+)
 LAYERS_OPTION = click.option(
     "--layers",
     type=Layers(),

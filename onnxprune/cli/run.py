@@ -11,6 +11,7 @@ from onnxprune.cli.options import (
     IMAGE_OPTIONS,
     KINDS_OPTION,
     LAYERS_OPTION,
+    PROTECT_OPTION,
     ROUND_TO,
     SCOPES,
     image_options,
@@ -48,7 +49,12 @@ RUN_OPTIONS = [
     click.option(
         "--lr", type=float, metavar="F", help="Peak learning rate of AdamW.  [default: by the kind of network]"
     ),
-    click.option("--criterion", type=click.Choice(list(CRITERIA)), default="l2", help="How units are scored."),
+    click.option(
+        "--criterion",
+        type=click.Choice([*CRITERIA, "auto"]),
+        default="l2",
+        help="How units are scored; auto tries several, and keeps the one of lowest loss after repair.",
+    ),
     click.option("--scope", type=click.Choice(SCOPES), default="global", help="What units are compared with."),
     click.option(
         "--granularity",
@@ -57,6 +63,7 @@ RUN_OPTIONS = [
         help="Heads and groups: whole (rows) or thinner (columns).",
     ),
     KINDS_OPTION,
+    PROTECT_OPTION,
     LAYERS_OPTION,
     click.option(
         "--round-to", type=ROUND_TO, default="auto", metavar="N|auto", help="Widths are rounded up to a multiple."
