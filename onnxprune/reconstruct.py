@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from scipy.linalg import solve
 
 from onnxprune.data import Dataset, batches, fixed_batch
 from onnxprune.evaluate import Batch, run_session, session_options
@@ -56,6 +55,11 @@ class Fit:
     kept: list[int] | None
 
     @property
+    def groups(self) -> int:
+        """In how many parts inputs and outputs lie that don't see each other."""
+        return integer(self.node, "group", 1) if self.node.op_type == "Conv" else 1
+
+    @property
     def axis(self) -> int:
         """The axis of the output along which its channels lie."""
         return 1 if self.node.op_type == "Conv" else -1
@@ -72,14 +76,14 @@ class Fit:
         return np.asarray(array.reshape(-1, array.shape[-1])[rows], np.float32)
 
     def change(self, delta: Array) -> None:
-        """Adds a change of shape (inputs, outputs), and one more row for the bias."""
-        width = len(delta) - (self.bias is not None)
-        matrix = delta[:width]
+        """Adds a change of shape (groups, inputs, outputs), with one more input for the bias."""
+        width = delta.shape[1] - (self.bias is not None)
+        matrix = delta[:, :width]
         if self.node.op_type == "Conv" or (self.node.op_type == "Gemm" and integer(self.node, "transB", 0)):
-            matrix = matrix.T
+            matrix = matrix.swapaxes(1, 2)
         _add(self.weight, matrix)
         if self.bias is not None:
-            _add(self.bias, delta[width])
+            _add(self.bias, delta[:, width])
 
 
 def reconstruct(
@@ -92,8 +96,8 @@ def reconstruct(
 ) -> int:
     """Fits every convolution and product of a cut model, in place; returns how many there were.
 
-    `plan` says what the model lost of `baseline`, whose value names it has. Left alone are grouped convolutions,
-    weights that several nodes share or that aren't floats, and layers of more than 4,608 inputs.
+    `plan` says what the model lost of `baseline`, whose value names it has. Left alone are weights that several nodes
+    share or that aren't floats, and layers of more than 4,608 inputs of an output.
     """
     layers = list(_layers(model, baseline, plan))
     if not layers or len(data) < (fixed_batch(model) or 1):
@@ -152,8 +156,7 @@ def _fits(node: ir.Node, weight: ir.Value) -> bool:
         return False
     shape = tuple(int(dim) for dim in array.shape.numpy())
     if node.op_type == "Conv":
-        plain = integer(node, "group", 1) == 1 and text(node, "auto_pad", "NOTSET") in ("NOTSET", "VALID")
-        return plain and math.prod(shape[1:]) <= WIDEST
+        return text(node, "auto_pad", "NOTSET") in ("NOTSET", "VALID") and math.prod(shape[1:]) <= WIDEST
     scaled = any(name in node.attributes and node.attributes[name].as_float() != 1 for name in ("alpha", "beta"))
     return len(shape) == 2 and max(shape) <= WIDEST and not scaled and not integer(node, "transA", 0)
 
@@ -241,18 +244,22 @@ class Walk:
 
 
 def _fit(walk: Walk, layer: Fit, wanted: list[Target]) -> None:
-    source, gram, cross = layer.node.inputs[0], np.zeros((1, 1)), np.zeros((1, 1))
+    """Ridge regression in each group of a layer: (groups, inputs, inputs) and (groups, inputs, outputs)."""
+    source, gram, cross = layer.node.inputs[0], np.zeros((1, 1, 1)), np.zeros((1, 1, 1))
     assert source is not None
     for held, (made,), (shape, rows, target) in zip(walk.held, walk.run([layer.end.name or ""]), wanted, strict=True):
         if made.size // made.shape[layer.axis] != math.prod(shape) // shape[layer.axis]:
             return  # what is folded into its positions was cut
         x = layer.inputs(held[source.name or ""], made.shape, rows)
         error = (target - layer.outputs(made, rows)) / layer.scale.astype(np.float32)
+        seen, lack = (each.reshape(len(rows), layer.groups, -1).swapaxes(0, 1) for each in (x, error))
         if layer.bias is not None:
-            x = np.concatenate([x, np.ones((len(x), 1), np.float32)], 1)
-        gram, cross = gram + (x.T @ x).astype(np.float64), cross + (x.T @ error).astype(np.float64)
-    ridge = RIDGE * max(float(np.trace(gram)) / len(gram), 1e-12)
-    delta = solve(gram + ridge * np.eye(len(gram)), cross, assume_a="pos")
+            seen = np.concatenate([seen, np.ones((*seen.shape[:2], 1), np.float32)], 2)
+        turned = seen.swapaxes(1, 2)
+        gram, cross = gram + (turned @ seen).astype(np.float64), cross + (turned @ lack).astype(np.float64)
+    means = np.trace(gram, axis1=1, axis2=2) / gram.shape[1]
+    ridge = RIDGE * np.maximum(means, max(SILENT * float(means.mean()), 1e-12))
+    delta = np.linalg.solve(gram + ridge[:, None, None] * np.eye(gram.shape[1]), cross)
     if np.isfinite(delta).all():
         layer.change(delta)
 

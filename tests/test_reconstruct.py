@@ -25,6 +25,9 @@ LAYERS = {
         "{ y = Conv<pads=[1,2,0,1], strides=[2,3], dilations=[2,1]>(x, w, b) }",
     "one dimension": "(float[N,3,12] x, float[6,3,4] w) => (float[N,6,9] y) { y = Conv(x, w) }",
     "three dimensions": "(float[N,2,5,5,5] x, float[4,2,2,2,2] w) => (float[N,4,4,4,4] y) { y = Conv(x, w) }",
+    "depthwise": "(float[N,4,6,6] x, float[4,1,3,3] w, float[4] b) => (float[N,4,4,4] y)"
+        "{ y = Conv<group=4>(x, w, b) }",
+    "grouped": "(float[N,4,6,6] x, float[6,2,3,3] w) => (float[N,6,4,4] y) { y = Conv<group=2>(x, w) }",
     "product": "(float[N,7,6] x, float[6,5] w) => (float[N,7,5] y) { y = MatMul(x, w) }",
     "product and bias": "(float[N,7,6] x, float[6,5] w, float[5] b) => (float[N,7,5] y)"
         "{ h = MatMul(x, w) y = Add(b, h) }",
@@ -77,7 +80,6 @@ def test_what_was_removed_is_made_from_what_is_left() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "(float[N,4,6,6] x, float[4,1,3,3] w) => (float[N,4,4,4] y) { y = Conv<group=4>(x, w) }",
         "(float[N,6] x, float[6,6] w, float[6,5] v) => (float[N,6] y)"
         "{ h = MatMul(x, w) y = MatMul(h, w) }",
         "(float[N,6] x, float[6,5] w) => (float[N,5] y) { y = Gemm<alpha=0.5>(x, w) }",
