@@ -24,7 +24,7 @@ from onnxprune.model import constant, open_session
 from onnxprune.plan import Plan
 from onnxprune.units import weight_matrix
 
-SAMPLES = 256  # calibration samples
+SAMPLES = 512  # calibration samples
 SIZE, FEW = 32, 4  # samples in a batch; in one by which memory is told
 ROWS = 16384  # positions that a layer is fitted on, at most
 WIDEST = 4608  # inputs of an output, beyond which a layer is left alone: its Gram matrix takes 170 MB

@@ -1,0 +1,168 @@
+"""Accuracy against MACs, beside Torch-Pruning, from the same ONNX file, data and evaluation.
+
+    python tools/compare_accuracy.py MODEL TRAIN.npz TEST.npz --peer-python PYTHON [--macs 0.67 0.48] [--epochs 5]
+
+PYTHON is an interpreter with torch, torch-pruning 1.6, onnx2torch and onnxscript. For each share of the MACs and seed,
+both cut the file: onnxprune as its `run` does, calibrated on SAMPLES images drawn from TRAIN by the seed; Torch-Pruning
+by group L2 over all layers, batch normalisation re-estimated on the same images. With --epochs both are trained on
+TRAIN with AdamW and the same schedule (onnxprune with its default loss, which distils). 1,000 images of
+TRAIN are held back for decisions; what is written is accuracy on TEST in onnxruntime: JSON, a table, and a plot where
+matplotlib is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import onnxprune
+from onnxprune import RunOptions
+from onnxprune.cost import Cost
+from onnxprune.data import Dataset, ImageOptions, as_dataset
+from onnxprune.evaluate import find_metric, predict
+from onnxprune.labels import analyse
+from onnxprune.model import open_model
+from onnxprune.normalise import normalise
+from onnxprune.pipeline import default_rate
+from onnxprune.training.client import choose_augmentation
+from onnxprune.units import find_units
+
+HELD = 1000
+PEER = Path(__file__).with_name("peer_torch_pruning.py")
+
+
+def measure(path: Path, test: Dataset) -> tuple[float, int]:
+    """Top-1 on the test data, and MACs."""
+    model = normalise(open_model(path))
+    units = find_units(analyse(model))
+    inputs = {model.graph.inputs[0].name or "": next(iter(test.inputs.values()))}
+    outputs = predict(model, Dataset(inputs, test.labels))
+    return find_metric("top1", test).compute(outputs, test.labels, []), Cost(units).macs(np.ones(units.count, bool))
+
+
+def arrays(data: Dataset) -> dict[str, Any]:
+    """What `onnxprune.run` takes."""
+    return data.inputs if data.labels is None else {**data.inputs, "labels": data.labels}
+
+
+def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All cuts of both tools."""
+    model = normalise(open_model(given.model))
+    train, test = (as_dataset(source, model, ImageOptions()) for source in (given.train, given.test))
+    order = np.random.default_rng(1234).permutation(len(train))
+    held, train = (
+        train.take(order[: min(HELD, len(train) // 5)]),
+        train.take(np.sort(order[min(HELD, len(train) // 5) :])),
+    )
+    uncut, whole = measure(Path(given.model), test)
+    print(f"uncut: {uncut:.2f} on {len(test)} test images")
+    augmentation = choose_augmentation(model, train, None) if given.epochs else {}
+    np.save(folder / "images.npy", next(iter(train.inputs.values())))
+    np.save(folder / "labels.npy", train.labels if train.labels is not None else np.zeros(0))
+    found: dict[tuple[float, str], list[tuple[float, float]]] = defaultdict(list)
+
+    def note(share: float, name: str, path: Path) -> None:
+        accuracy, macs = measure(path, test)
+        found[share, name].append((accuracy, macs / whole))
+        print(f"{share:.2f} {name}: {accuracy:.2f} at {macs / whole:.3f}", flush=True)
+
+    for share in given.macs:
+        for seed in range(given.seeds):
+            drawn = np.random.default_rng(seed).choice(len(train), min(given.samples, len(train)), replace=False)
+            few, out = train.take(np.sort(drawn)), folder / f"{share}-{seed}"
+            np.save(folder / "calibration.npy", next(iter(few.inputs.values())))
+            for name, data, epochs in [("onnxprune", few, 0)] + [("onnxprune, tuned", train, given.epochs)] * bool(
+                given.epochs
+            ):
+                options = RunOptions(
+                    target_macs=share, epochs=epochs, seed=seed, round_to=1, bench_seconds=0.1,
+                    criterion=given.criterion, threads=given.threads, lr=given.lr,
+                )  # fmt: skip
+                path = out.with_name(f"{out.name}{epochs}.onnx")
+                onnxprune.run(given.model, arrays(data), output=path, eval_data=arrays(held), options=options)
+                note(share, name, path)
+            if given.peer_python:
+                job = {
+                    "model": given.model, "share": share, "seed": seed, "out": str(out), "epochs": given.epochs,
+                    "lr": given.lr or default_rate(model), "batch": RunOptions().batch, "threads": given.threads or 2,
+                    "calibration": str(folder / "calibration.npy"), "images": str(folder / "images.npy"),
+                    "labels": str(folder / "labels.npy"), "flip": augmentation.get("flip", False),
+                    "shift": augmentation.get("shift", 0),
+                }  # fmt: skip
+                done = subprocess.run([given.peer_python, str(PEER), json.dumps(job)], capture_output=True, text=True)
+                if done.returncode:
+                    print(f"Torch-Pruning failed: {done.stderr.strip().splitlines()[-1:]}")
+                for stage in ("nothing", "batch-norm", "tuned"):
+                    if (path := folder / f"{out.name}.{stage}.onnx").exists():
+                        note(share, f"Torch-Pruning, {stage}", path)
+    rows = [
+        {"macs": share, "name": name, "top1": [a for a, _ in pairs], "reached": [m for _, m in pairs]}
+        for (share, name), pairs in found.items()
+    ]
+    return {"model": Path(given.model).name, "uncut": uncut, "test": len(test), "samples": given.samples, "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Mean and spread over the seeds, a row for each tool and stage."""
+    shares = sorted({row["macs"] for row in result["rows"]}, reverse=True)
+    cells = {(row["name"], row["macs"]): row["top1"] for row in result["rows"]}
+    lines = [f"| {result['model']}, uncut {result['uncut']:.2f} | " + " | ".join(f"{s:.2f}" for s in shares) + " |"]
+    lines.append("|---" * (len(shares) + 1) + "|")
+    for name in dict.fromkeys(name for name, _ in cells):
+        said = [f"{np.mean(v):.1f} ± {np.std(v):.1f}" if (v := cells.get((name, s))) else "" for s in shares]
+        lines.append(f"| {name} | " + " | ".join(said) + " |")
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Accuracy against MACs."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib isn't installed")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    axes.axhline(result["uncut"], color="gray", linestyle=":", label="uncut")
+    for name in dict.fromkeys(row["name"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["name"] == name]
+        means, spread = ([f(row["top1"]) for row in rows] for f in (np.mean, np.std))
+        axes.errorbar([np.mean(row["reached"]) for row in rows], means, spread, marker="o", capsize=3, label=name)
+    axes.set(xlabel="share of the MACs left", ylabel="top-1 on test images, %", title=result["model"])
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "train", "test"):
+        parser.add_argument(name)
+    parser.add_argument("--peer-python")
+    parser.add_argument("--macs", type=float, nargs="+", default=[1 / 1.3, 1 / 1.5, 1 / 2.1, 1 / 2.6, 1 / 4])
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=0)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--criterion", default="l2")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("-o", "--output", type=Path, default=Path("accuracy.json"))
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        result = compare(given, Path(scratch))
+    given.output.write_text(json.dumps(result, indent=1) + "\n")
+    given.output.with_suffix(".md").write_text(table(result) + "\n")
+    plot(result, given.output.with_suffix(".png"))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
