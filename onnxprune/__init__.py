@@ -1,8 +1,8 @@
 """onnxprune makes trained ONNX models smaller and faster.
 
 The public names: `run` does everything; `prune` cuts once by weights; `inspect` says what could be cut and why the rest
-can't; `apply` repeats a cut on other weights; `verify` checks one; `bench` times models against each other. Everything
-raised on purpose is an `OnnxPruneError`.
+can't; `sensitivity` measures what each group costs; `apply` repeats a cut on other weights; `verify` checks one;
+`bench` times models against each other. Everything raised on purpose is an `OnnxPruneError`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from onnxprune.pipeline import run
     from onnxprune.plan import Plan
     from onnxprune.report import Report
+    from onnxprune.sensitivity import Sensitivity, sensitivity
 
 __version__ = "0.1.0"
 
@@ -32,7 +33,7 @@ _HOMES = {  # imported when first used: the training worker must not load the us
     "Inspection": "api", "PruneResult": "api", "inspect": "api", "prune": "api",
     "apply": "api", "verify": "api", "Verification": "api",
     "BenchResult": "bench", "bench": "bench", "ImageOptions": "data", "RunOptions": "options", "run": "pipeline",
-    "Plan": "plan", "Report": "report",
+    "Plan": "plan", "Report": "report", "Sensitivity": "sensitivity", "sensitivity": "sensitivity",
 }  # fmt: skip
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "PruneResult",
     "Report",
     "RunOptions",
+    "Sensitivity",
     "TargetError",
     "TrainingError",
     "UsageError",
@@ -55,6 +57,7 @@ __all__ = [
     "inspect",
     "prune",
     "run",
+    "sensitivity",
     "verify",
 ]
 

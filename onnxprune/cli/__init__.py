@@ -17,6 +17,7 @@ from onnxprune.cli.inspect import inspect_command
 from onnxprune.cli.output import say
 from onnxprune.cli.prune import prune_command
 from onnxprune.cli.run import run_command
+from onnxprune.cli.sensitivity import sensitivity_command
 from onnxprune.cli.verify import verify_command
 from onnxprune.errors import OnnxPruneError
 
@@ -37,6 +38,7 @@ for command in (
     run_command,
     prune_command,
     inspect_command,
+    sensitivity_command,
     apply_command,
     verify_command,
     bench_command,
