@@ -146,10 +146,11 @@ def _load(
 
 @dataclass(frozen=True)
 class State:
-    """What is accepted so far: a model, and the plan that leads to it from the baseline."""
+    """What is accepted so far: a model, the plan that leads to it from the baseline, and whether it was fine-tuned."""
 
     model: ir.Model
     plan: Plan
+    tuned: bool = False
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ class Run:
             if (chosen := tau_for(units, scores, Rounding(self.options.round_to), fits)) is None:
                 continue
             model, plan = cut(units, chosen[1])
-            self._repair(model, plan)
+            self._repair(model, State(self.baseline, Plan({})), plan)
             losses[criterion] = self.judge.measure(model, PROBE_SAMPLES).loss
         losses = losses or {LINED_UP_BY: float("inf")}
         self.note(
@@ -342,10 +343,12 @@ class Run:
             tried += 1
             self.listener.progress("choosing a threshold", tried, EVALUATIONS)
             model, step = cut(units, survivors(units, scores, tau, rounding))
-            self._repair(model, state.plan.then(step))
+            self._repair(model, state, step)
             return self.judge.measure(model, PROBE_SAMPLES).drop
 
-        tau = bisect_tau(scores, drop_at, reach(history, allowed, self.epochs > 0))
+        ending = len(history) + 1 >= (self.options.rounds or ROUNDS) or len(history) >= PATIENCE
+        safe = ending and not any(outcome.accepted for outcome in history)
+        tau = bisect_tau(scores, drop_at, reach(history, allowed, self.epochs > 0 and not safe))
         if tau is not None:
             macs = Cost(units).macs
             before, after = macs(np.ones(units.count, bool)), macs(survivors(units, scores, tau, rounding))
@@ -377,7 +380,8 @@ class Run:
         )
         if not record["accepted"]:
             return record, state
-        return record, State(open_model(folder / "candidate.onnx"), load_plan(folder / "plan.json"))
+        tuned = state.tuned or record["tuned"]
+        return record, State(open_model(folder / "candidate.onnx"), load_plan(folder / "plan.json"), tuned)
 
     def _attempt(self, number: int, folder: Path, state: State, proposal: Proposal) -> tuple[Record, State]:
         started = time.monotonic()
@@ -387,13 +391,18 @@ class Run:
         self.listener.stage(f"round {number}: cutting")
         model, step = cut(units, alive)
         check_cut(state.model, model, step)
-        self._repair(model, state.plan.then(step), partial(self.listener.progress, f"round {number}: repairing"))
+        self._repair(model, state, step, partial(self.listener.progress, f"round {number}: repairing"))
         repaired = verdict = self.judge.measure(model)
         if self.epochs:
-            self._tune(number, folder, model)
+            tuned = model.clone()
+            self._tune(number, folder, tuned)
             if self.train is not None:
-                reestimate_batch_norm(model, self.train, self.options.threads)
-            verdict = self.judge.measure(model)
+                reestimate_batch_norm(tuned, self.train, self.options.threads)
+            after = self.judge.measure(tuned)
+            if (after.drop, after.loss) <= (repaired.drop, repaired.loss):
+                model, verdict = tuned, after
+            else:
+                self.note(f"round {number}: fine-tuning lost {after.drop - repaired.drop:.2f} points and was undone")
         record = {
             "round": number,
             "tau": proposal["tau"],
@@ -406,6 +415,7 @@ class Run:
             "drop": verdict.drop,
             "loss": verdict.loss,
             "epochs": self.epochs,
+            "tuned": bool(self.epochs) and verdict is not repaired,
             "accepted": self.allowed is None or verdict.drop <= self.allowed,
             "widths": {group.name: int(alive[group.units].sum()) * group.repeats for group in units.groups},
             "seconds": time.monotonic() - started,
@@ -434,11 +444,17 @@ class Run:
         self.listener.stage(f"round {number}: preparing fine-tuning")
         fine_tune(model, self.baseline, self.train, folder / "tune", options, self.augmentation, show)
 
-    def _repair(self, model: ir.Model, plan: Plan, progress: Callable[[int, int], None] = lambda *_: None) -> None:
-        """What can be done without training: layers fitted to the uncut ones, or else batch normalisation."""
+    def _repair(
+        self, model: ir.Model, state: State, step: Plan, progress: Callable[[int, int], None] = lambda *_: None
+    ) -> None:
+        """What can be done without training: layers fitted to those before the cut, or else batch normalisation.
+
+        In the first round those before the cut are the uncut model's, in later ones those that were fine-tuned since.
+        """
         if self.train is None:
             return
-        if not reconstruct(model, self.baseline, plan, self.train, self.options.threads, progress):
+        whole, plan = (state.model, step) if state.tuned else (self.baseline, state.plan.then(step))
+        if not reconstruct(model, whole, plan, self.train, self.options.threads, progress):
             reestimate_batch_norm(model, self.train, self.options.threads)
 
     def _progress(self, costs: dict[str, int]) -> float:

@@ -13,8 +13,8 @@ import numpy as np
 
 from onnxprune.score import Scores
 
-REACH = 6.0  # points lost before fine-tuning for each point allowed after it, until the rounds of a run show better
-MOST_REACH = 12.0
+REACH = 3.0  # points lost before fine-tuning for each point allowed after it, until the rounds of a run show better
+MOST_REACH = 6.0
 CAUTION = 0.8  # of what the rounds so far showed that fine-tuning wins back
 PATIENCE = 2  # rounds rolled back in a row before a run stops
 EVALUATIONS = 8  # cuts tried and measured when a threshold is bisected
@@ -57,7 +57,7 @@ def reach(history: Sequence[Outcome], allowed: float, tuned: bool) -> float:
     """How many points the next cut may cost before fine-tuning.
 
     Without fine-tuning just what is allowed. With it, as many times more as the worst round so far won back, with some
-    caution; a third of that for every round that was rolled back without a measurement.
+    caution; half of that for every round that was rolled back without a measurement.
     """
     if not tuned:
         return allowed
@@ -65,7 +65,7 @@ def reach(history: Sequence[Outcome], allowed: float, tuned: bool) -> float:
     gains = [outcome.before / max(outcome.drop, allowed / MOST_REACH) for outcome in measured]
     factor = CAUTION * min(gains) if gains else REACH
     blind = sum(not outcome.accepted for outcome in history) - sum(not outcome.accepted for outcome in measured)
-    return allowed * float(np.clip(factor / 3**blind, 1.0, MOST_REACH))
+    return allowed * float(np.clip(factor / 2**blind, 1.0, MOST_REACH))
 
 
 def bisect_tau(
