@@ -8,6 +8,7 @@ from typing import Literal
 from onnxprune.errors import UsageError
 from onnxprune.labels.solve import Granularity
 from onnxprune.score import Scope
+from onnxprune.threshold import INITIAL, Schedule
 
 Controller = Literal["bisect", "published"]
 RESOURCES = ("macs", "params", "size")
@@ -37,6 +38,9 @@ class RunOptions:
     round_to: int | None = None
     metric: str | None = None
     controller: Controller = "bisect"
+    initial_tau: str = "deviation"
+    alpha: float = 0.9
+    schedule: Schedule = "even"
     providers: tuple[str, ...] = ("cpu",)
     threads: int | None = None
     seed: int = 0
@@ -55,6 +59,10 @@ class RunOptions:
                 raise UsageError(f"--{name.replace('_', '-')} {number}: give 1 or more")
         if self.epochs is not None and self.epochs < 0:
             raise UsageError(f"--epochs {self.epochs}: give 0 or more")
+        if self.initial_tau not in INITIAL:
+            raise UsageError(f"--initial-tau {self.initial_tau}: no such rule; known: {', '.join(INITIAL)}")
+        if not 0 <= self.alpha < 1:
+            raise UsageError(f"--alpha {self.alpha:g}: give a decay of at least 0 and below 1")
         if self.lr is not None and not self.lr > 0:
             raise UsageError(f"--lr {self.lr:g}: give a learning rate above 0")
 

@@ -299,7 +299,7 @@ class Run:
         """The cut that the next round tries, from what the last ones cost; None when the run is done."""
         history = [outcome_of(record) for record in records]
         if self.targets:
-            aim = next_progress(self.options.rounds or 1, history)
+            aim = next_progress(self.options.rounds or 1, history, self.options.schedule)
             if aim is None:
                 return None
             compute = lambda: self._cut_to(state, aim)  # noqa: E731
@@ -334,7 +334,7 @@ class Run:
         allowed = self.allowed or 0.0
         if self.options.controller == "published":
             last = history[-1] if history else None
-            moved = initial_tau(scores) if last is None else published_tau(last.tau, last.loss, allowed)
+            moved = initial_tau(scores, self.options.initial_tau) if last is None else self._moved(last)
             return {"tau": moved * 0.5 ** sum(not o.accepted for o in history), "round_to": rounding.multiple}
         tried = 0
 
@@ -354,6 +354,9 @@ class Run:
             before, after = macs(np.ones(units.count, bool)), macs(survivors(units, scores, tau, rounding))
             tau = tau if after <= before * (1 - LEAST_GAIN) else None
         return {"tau": tau, "round_to": rounding.multiple}
+
+    def _moved(self, last: Outcome) -> float:
+        return published_tau(last.tau, last.loss, self.allowed or 0.0, self.options.alpha)
 
     def _scored(self, model: ir.Model, criterion: str | None = None) -> tuple[Units, NDArray[np.float64], Rounding]:
         options = self.options

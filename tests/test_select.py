@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 
 from onnxprune.cost import Cost
 from onnxprune.cut import cut
@@ -13,7 +17,7 @@ from onnxprune.model import open_model
 from onnxprune.normalise import normalise
 from onnxprune.score import CRITERIA, normalise_scores, score_units
 from onnxprune.select import Rounding, survivors, survivors_by_share, tau_for
-from onnxprune.threshold import Outcome, bisect_tau, initial_tau, next_progress, published_tau, reach
+from onnxprune.threshold import INITIAL, Outcome, bisect_tau, initial_tau, next_progress, published_tau, reach
 from onnxprune.units import Units, find_units
 from tests.conftest import MODELS
 from tests.graphs import graph
@@ -148,6 +152,22 @@ def test_the_published_rule() -> None:
 def test_initial_tau_comes_from_the_distribution() -> None:
     scores = np.array([1.0, 2.0, 3.0, 4.0, np.inf])
     assert initial_tau(scores) == pytest.approx(2.5 - np.std([1, 2, 3, 4]))
+    assert initial_tau(scores, "mean") == 2.5
+    assert initial_tau(scores, "quantile") == pytest.approx(1.6)
+    assert initial_tau(np.array([np.inf])) == 0
+    many = np.array([0.01] * 50 + [1.0] * 10)
+    assert initial_tau(many, "energy") == 1.0 and initial_tau(many[::-1].copy(), "otsu") == 1.0
+
+
+@pytest.mark.parametrize("rule", INITIAL)
+@given(hnp.arrays(np.float64, st.integers(1, 40), elements=st.floats(0, 1e6)))
+def test_the_first_tau_lies_among_the_scores(rule: str, scores: NDArray[np.float64]) -> None:
+    assert scores.min() * (1 - 1e-9) - 1e-9 <= initial_tau(scores, rule) <= scores.max() * (1 + 1e-9)
+
+
+def test_small_moves_of_tau_are_not_made() -> None:
+    assert published_tau(0.5, 0.51, 1.0, alpha=0.9) == 0.5
+    assert published_tau(0.5, 0.9, 1.0, alpha=0.9) == pytest.approx(0.54)
 
 
 def test_tau_backs_off_after_a_round_that_was_rolled_back() -> None:
@@ -170,3 +190,12 @@ def test_progress_to_a_target() -> None:
     assert next_progress(2, [kept, failed]) == 0.75
     assert next_progress(1, [Outcome(1, 0, 0, True, 1.0)]) is None
     assert next_progress(1, [failed, failed, failed]) is None
+
+
+def test_the_cubic_schedule() -> None:
+    history: list[Outcome] = []
+    for t in range(1, 5):
+        progress = next_progress(4, history, "cubic")
+        assert progress == pytest.approx(1 - (1 - t / 4) ** 3)
+        history.append(Outcome(1, 0, 0, True, progress))
+    assert next_progress(4, history, "cubic") is None

@@ -24,6 +24,7 @@ from onnxprune.options import RunOptions
 from onnxprune.pipeline import run
 from onnxprune.report import Report
 from onnxprune.score import CRITERIA
+from onnxprune.threshold import INITIAL
 
 RUN_OPTIONS = [
     click.option(
@@ -74,6 +75,21 @@ RUN_OPTIONS = [
         type=click.Choice(["bisect", "published"]),
         default="bisect",
         help="How the threshold moves when --max-drop decides.",
+    ),
+    click.option(
+        "--initial-tau",
+        type=click.Choice(list(INITIAL)),
+        default="deviation",
+        help="For the published controller: the first threshold, from the distribution of the scores.",
+    ),
+    click.option(
+        "--alpha", type=float, default=0.9, metavar="F", help="For the published controller: how slowly tau moves."
+    ),
+    click.option(
+        "--schedule",
+        type=click.Choice(["even", "cubic"]),
+        default="even",
+        help="Steps of the rounds to a target: equal, or the largest first.",
     ),
     click.option(
         "--ep", multiple=True, default=("cpu",), metavar="NAME", help="Execution providers to benchmark on; repeatable."
