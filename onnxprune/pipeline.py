@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxprune.activations import DATA_CRITERIA
 from onnxprune.bench import bench_models, find_providers, model_bytes
 from onnxprune.cost import Alive, Cost
 from onnxprune.cut import cut
@@ -40,7 +41,7 @@ from onnxprune.progress import Listener
 from onnxprune.reconstruct import reconstruct
 from onnxprune.repair import reestimate_batch_norm
 from onnxprune.report import Report, Side, latency_sides, versions, widths
-from onnxprune.score import Origin, normalise_scores, origin_of, score_units
+from onnxprune.score import CRITERIA, Origin, normalise_scores, origin_of, score_units
 from onnxprune.select import Rounding, survivors, tau_for
 from onnxprune.threshold import (
     EVALUATIONS,
@@ -66,7 +67,7 @@ WITHOUT_DATA = 0.75  # share of the MACs to keep when nothing can be measured
 ROUNDS = 4  # when not given, for runs that an allowed drop alone ends
 
 AUTO, LINED_UP_BY = "auto", "l2"  # rows are sorted before the contest, by one criterion
-CONTESTANTS = ("l2", "l1", "logistic", "fpgm", "bn", "sensitivity")
+CONTESTANTS = ("l2", "l1", "logistic", "fpgm", "bn", "flap", "obs")
 CONTEST_AT = {"macs": 0.5}  # where an allowed drop alone decides
 
 MEASURED = ("drop", "loss", "drop_before_tuning")
@@ -107,7 +108,7 @@ def run(
     listener.stage("opening and normalising the model")
     baseline = normalise(open_model(source))
     units = prunable(baseline, str(source), options.granularity, options.kinds, options.protect)
-    moved = line_up(units, LINED_UP_BY if options.criterion == AUTO else options.criterion, options.seed)
+    moved = line_up(units, options.criterion if options.criterion in CRITERIA else LINED_UP_BY, options.seed)
     train, evaluation = _load(baseline, data, eval_data, images, options, notes)
     judge = Judge(
         baseline, evaluation, find_metric(options.metric, evaluation), options.threads, bool(data or eval_data)
@@ -355,13 +356,20 @@ class Run:
             tau = tau if after <= before * (1 - LEAST_GAIN) else None
         return {"tau": tau, "round_to": rounding.multiple}
 
+    def _raw_scores(self, units: Units, criterion: str) -> NDArray[np.float64]:
+        if criterion not in DATA_CRITERIA:
+            return score_units(units, criterion, self.options.seed)
+        if self.train is None:
+            raise UsageError(f"--criterion {criterion} needs data: give --data")
+        return DATA_CRITERIA[criterion](units, self.train)
+
     def _moved(self, last: Outcome) -> float:
         return published_tau(last.tau, last.loss, self.allowed or 0.0, self.options.alpha)
 
     def _scored(self, model: ir.Model, criterion: str | None = None) -> tuple[Units, NDArray[np.float64], Rounding]:
         options = self.options
         units = chosen_units(model, options.granularity, options.kinds, options.protect)
-        raw = score_units(units, criterion or self.criterion, options.seed)
+        raw = self._raw_scores(units, criterion or self.criterion)
         return units, normalise_scores(units, raw, options.scope, self.origin), Rounding(options.round_to)
 
     # ---- one round

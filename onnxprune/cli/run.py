@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from onnxprune.activations import DATA_CRITERIA
 from onnxprune.cli.options import (
     IMAGE_OPTIONS,
     KINDS_OPTION,
@@ -52,7 +53,7 @@ RUN_OPTIONS = [
     ),
     click.option(
         "--criterion",
-        type=click.Choice([*CRITERIA, "auto"]),
+        type=click.Choice([*CRITERIA, *DATA_CRITERIA, "auto"]),
         default="l2",
         help="How units are scored; auto tries several, and keeps the one of lowest loss after repair.",
     ),
