@@ -31,7 +31,7 @@ from onnxprune.files import check_writable, memoised, sha256, write_json
 from onnxprune.finalise import finalise
 from onnxprune.judge import Judge
 from onnxprune.labels import analyse
-from onnxprune.layers import choose_layers, drop_layers, free_layers, influence_scores, weight_scores
+from onnxprune.layers import Layer, choose_layers, drop_layers, free_layers, influence_scores, weight_scores
 from onnxprune.lineup import line_up
 from onnxprune.model import open_model, save_model
 from onnxprune.normalise import normalise
@@ -68,7 +68,8 @@ ROUNDS = 4  # when not given, for runs that an allowed drop alone ends
 
 AUTO, LINED_UP_BY = "auto", "l2"  # rows are sorted before the contest, by one criterion
 CONTESTANTS = ("l2", "l1", "logistic", "fpgm", "bn", "flap", "obs")
-CONTEST_AT = {"macs": 0.5}  # where an allowed drop alone decides
+TRIED_AT = {"macs": 0.5}  # where an allowed drop alone decides
+UNKNOWN = 1e30  # a loss that JSON can hold
 
 MEASURED = ("drop", "loss", "drop_before_tuning")
 RATE, RATE_WITH_BATCH_NORM = 1e-3, 4e-3  # of AdamW, when not given
@@ -248,41 +249,67 @@ class Run:
 
     def _without_layers(self) -> State:
         """What the first round starts from: the baseline, without the layers that matter least."""
-        start = Plan({}, reordered=self.moved)
-        if self.options.layers is None:
-            return State(self.baseline, start)
-        layers, wanted = free_layers(self.baseline, self.options.protect), self.options.layers
+        wanted = self.options.layers
+        if wanted is None:
+            return self._dropping([])
+        layers = free_layers(self.baseline, self.options.protect)
         if self.train is None:
-            scores = weight_scores(self.baseline, layers)
+            chosen = choose_layers(layers, weight_scores(self.baseline, layers), None if wanted == "auto" else wanted)
         else:
             scores = influence_scores(self.baseline, layers, self.train, self.options.threads)
-        chosen = choose_layers(layers, scores, None if wanted == "auto" else wanted)
+            if wanted == "auto":
+                wanted = self._how_many(layers, scores)
+            chosen = choose_layers(layers, scores, wanted)
         self.note(f"layers dropped: {', '.join(layer.name for layer in chosen) or 'none'}")
-        model, dropped = drop_layers(self.baseline, [layer.name for layer in chosen])
+        return self._dropping(chosen)
+
+    def _dropping(self, layers: list[Layer]) -> State:
+        start = Plan({}, reordered=self.moved)
+        if not layers:
+            return State(self.baseline, start)
+        model, dropped = drop_layers(self.baseline, [layer.name for layer in layers])
         return State(model, start.then(dropped))
 
+    # ---- trials: the same cut in several ways, repaired and measured, before the first round
+
+    def _how_many(self, layers: list[Layer], scores: list[float]) -> int:
+        """How many layers to drop so that with widths cut to the same target the loss is lowest: 0, 1, 2, 4, 8 …"""
+
+        def search() -> dict[str, float]:
+            counts = [0] + [2**power for power in range(len(layers).bit_length()) if 2**power <= len(layers)]
+            losses = dict[str, float]()
+            for number, count in enumerate(counts):
+                self.listener.progress(f"trying without {count} layers", number + 1, len(counts))
+                losses[str(count)] = self._trial(self._dropping(choose_layers(layers, scores, count)), LINED_UP_BY)
+            return losses
+
+        losses: dict[str, float] = memoised(self.folder / "layers.json", search)
+        self.note(f"layers to drop, by loss: {ranked(losses)}")
+        return int(min(losses, key=losses.__getitem__))
+
     def _hold_contest(self) -> dict[str, float]:
-        """Cuts the uncut model to the targets, or to half of the MACs, by one criterion after the other."""
-        cost, losses = Cost(self.units), dict[str, float]()
-        limits = {name: share * self.base_costs[name] for name, share in (self.targets or CONTEST_AT).items()}
+        losses = dict[str, float]()
         for number, criterion in enumerate(CONTESTANTS):
             self.listener.progress(f"trying criteria: {criterion}", number + 1, len(CONTESTANTS))
-            try:
-                units, scores, _ = self._scored(self.baseline, criterion)
-            except ModelError:
-                continue  # needs what the model hasn't
-            fits = lambda alive: all(cost.measures[name](alive) <= limit for name, limit in limits.items())  # noqa: E731
-            if (chosen := tau_for(units, scores, Rounding(self.options.round_to), fits)) is None:
-                continue
-            model, plan = cut(units, chosen[1])
-            self._repair(model, State(self.baseline, Plan({})), plan)
-            losses[criterion] = self.judge.measure(model, PROBE_SAMPLES).loss
-        losses = losses or {LINED_UP_BY: float("inf")}
-        self.note(
-            "criteria by loss: "
-            + ", ".join(f"{name} {losses[name]:.4f}" for name in sorted(losses, key=losses.__getitem__))
-        )
+            losses[criterion] = self._trial(self._dropping([]), criterion)
+        losses = {name: loss for name, loss in losses.items() if loss < UNKNOWN} or {LINED_UP_BY: UNKNOWN}
+        self.note(f"criteria by loss: {ranked(losses)}")
         return losses
+
+    def _trial(self, state: State, criterion: str) -> float:
+        """The loss after a cut to the targets, or to half of the MACs, and repair; `UNKNOWN` if it can't be made."""
+        try:
+            units, scores, rounding = self._scored(state.model, criterion)
+        except ModelError:
+            return UNKNOWN  # it needs what the model hasn't
+        measures = Cost(units).measures
+        limits = {name: share * self.base_costs[name] for name, share in (self.targets or TRIED_AT).items()}
+        chosen = tau_for(units, scores, rounding, lambda a: all(measures[n](a) <= limit for n, limit in limits.items()))
+        if chosen is None:
+            return UNKNOWN
+        model, step = cut(units, chosen[1])
+        self._repair(model, state, step)
+        return self.judge.measure(model, PROBE_SAMPLES).loss
 
     def note(self, text: str) -> None:
         """Something the user should know; it stands in the report too."""
@@ -559,6 +586,11 @@ def outcome_of(record: Record) -> Outcome:
     worst = {name: float("inf") if record.get(name) is None else record[name] for name in MEASURED}
     drop, loss, before = worst.values()
     return Outcome(record["tau"], drop, loss, record["accepted"], record["progress"], before)
+
+
+def ranked(losses: Mapping[str, float]) -> str:
+    """Losses in words, the lowest first."""
+    return ", ".join(f"{name} {losses[name]:.4f}" for name in sorted(losses, key=losses.__getitem__))
 
 
 def failed_record(proposal: Proposal, error: TrainingError) -> Record:

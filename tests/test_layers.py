@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import onnxprune
 from onnxprune.api import inspect, prune
 from onnxprune.data import as_dataset, random_inputs
 from onnxprune.errors import UsageError
@@ -102,3 +103,18 @@ def test_layers_are_dropped_and_widths_cut_in_one_go(tmp_path: Path) -> None:
     alone, _ = drop_layers(model, [name for name, _ in result.plan.layers])
     inputs = random_inputs(model, 0, batch=None)
     assert relative_difference(run_model(model, inputs), run_model(alone, inputs)) > 1e-3
+
+
+def test_layers_and_widths_share_one_budget(tmp_path: Path) -> None:
+    """At the same share of the MACs, the transformer loses less when it may drop layers."""
+
+    def run(layers: str | None) -> onnxprune.Report:
+        options = onnxprune.RunOptions(target_macs=0.3, epochs=0, layers=layers, bench_seconds=0.1)  # type: ignore[arg-type]
+        data = [str(MODELS / f"{name}.npz") for name in ("digits", "digits_test")]
+        out = tmp_path / f"{layers}.onnx"
+        return onnxprune.run(MODELS / "digits_vit.onnx", data[0], eval_data=data[1], output=out, options=options)
+
+    widths, both = run(None), run("auto")
+    assert max(widths.pruned.macs, both.pruned.macs) <= 0.3 * both.baseline.macs
+    assert any("layers to drop, by loss" in note for note in both.notes)
+    assert both.target["drop"] < widths.target["drop"]

@@ -62,7 +62,7 @@ LAYERS_OPTION = click.option(
     "--layers",
     type=Layers(),
     metavar="N|auto",
-    help="Drop whole layers first: this many, or those that hardly matter.",
+    help="Drop whole layers first: this many, or with auto as many as leave the lowest loss at the same target.",
 )
 IMAGE_OPTIONS = [
     click.option("--mean", default="0", metavar="F[,F,F]", help="For folders of images: (pixels / 255 - mean) / std."),
