@@ -72,7 +72,7 @@ TRIED_AT = {"macs": 0.5}  # where an allowed drop alone decides
 UNKNOWN = 1e30  # a loss that JSON can hold
 
 MEASURED = ("drop", "loss", "drop_before_tuning")
-RATE, RATE_WITH_BATCH_NORM = 1e-3, 4e-3  # of AdamW, when not given
+RATE, RATE_WITH_BATCH_NORM = 1e-3, 1.5e-3  # of AdamW, when not given
 
 Data = str | Mapping[str, NDArray[Any]]
 Proposal = dict[str, Any]

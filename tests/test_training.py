@@ -210,7 +210,7 @@ def test_a_worker_out_of_memory_says_so(tmp_path: Path) -> None:
     student = damaged(model)
     before = numbers(student)
     with pytest.raises(TrainingError, match="memory"):
-        fine_tune(student, model, digits(model), tmp_path / "job", TrainingOptions(memory_limit=400_000_000))
+        fine_tune(student, model, digits(model), tmp_path / "job", TrainingOptions(memory_limit=10_000_000))
     assert all((before[name] == array).all() for name, array in numbers(student).items())
 
 

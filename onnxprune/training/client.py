@@ -44,7 +44,11 @@ class WorkerDiedError(TrainingError):
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to fine-tune. `patience` is how many seconds without a word make a worker count as hung."""
+    """How to fine-tune.
+
+    `patience` is how many seconds without a word make a worker count as hung; `memory_limit` how many bytes training
+    may take beside the runtime itself.
+    """
 
     epochs: int = 3
     lr: float = 1e-3

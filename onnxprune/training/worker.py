@@ -265,11 +265,12 @@ def write_arrays(path: Path, arrays: dict[str, Array]) -> None:
 
 
 def limit_memory(limit: int | None) -> None:
-    """Caps the address space of this process, where the system can."""
+    """Caps what this process may map beyond what it has mapped so far, in bytes, where the system can."""
     if limit:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + limit, mapped + limit))
 
 
 def main() -> None:
@@ -278,8 +279,9 @@ def main() -> None:
     os.chdir(folder)  # the artifact generator deletes a temp.onnx in the current folder
     kind = "failure"
     try:
+        modules = import_runtime()
         limit_memory(json.loads((folder / "job.json").read_text())["memory_limit"])
-        Trainer(folder, *import_runtime()).run()
+        Trainer(folder, *modules).run()
         return
     except FloatingPointError as error:
         kind, message = "not-finite", str(error)
