@@ -166,8 +166,7 @@ def main() -> None:
     reestimate(model, calibration)
     export("batch-norm")
     if job["epochs"]:
-        train(model, job, job["seed"])
-        reestimate(model, calibration)
+        train(model, job, job["seed"])  # which leaves running statistics over the last batches
         export("tuned")
 
 
