@@ -72,10 +72,6 @@ def reconstruction_error(units: Units, data: Dataset) -> Scores:
     return total
 
 
-def _mean_and_square(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.stack([rows.mean(1), np.square(rows).mean(1)])
-
-
 def _by_component(reading: Reading, numbers: NDArray[np.float64], count: int) -> Scores:
     return np.bincount(reading.vector, numbers, count).astype(np.float64)
 
@@ -135,7 +131,7 @@ def _averages(
         yield reading, total / count
 
 
-DATA_CRITERIA: dict[str, Callable[[Units, Dataset], Scores]] = {
+ACTIVATION_CRITERIA: dict[str, Callable[[Units, Dataset], Scores]] = {
     "activation": mean_magnitude,
     "flap": fluctuation,
     "obs": reconstruction_error,

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxprune.activations import DATA_CRITERIA
+from onnxprune.activations import ACTIVATION_CRITERIA
 from onnxprune.bench import bench_models, find_providers, model_bytes
 from onnxprune.cost import Alive, Cost
 from onnxprune.cut import cut
@@ -29,6 +29,7 @@ from onnxprune.errors import ModelError, TrainingError, UsageError
 from onnxprune.evaluate import find_metric
 from onnxprune.files import check_writable, memoised, sha256, write_json
 from onnxprune.finalise import finalise
+from onnxprune.gradients import GRADIENT_CRITERIA
 from onnxprune.judge import Judge
 from onnxprune.labels import analyse
 from onnxprune.layers import Layer, choose_layers, drop_layers, free_layers, influence_scores, weight_scores
@@ -66,6 +67,7 @@ STEPS_A_ROUND = 1000  # fine-tuning steps that epochs are chosen for when they a
 WITHOUT_DATA = 0.75  # share of the MACs to keep when nothing can be measured
 ROUNDS = 4  # when not given, for runs that an allowed drop alone ends
 
+DATA_CRITERIA = {**ACTIVATION_CRITERIA, **GRADIENT_CRITERIA}
 AUTO, LINED_UP_BY = "auto", "l2"  # rows are sorted before the contest, by one criterion
 CONTESTANTS = ("l2", "l1", "logistic", "fpgm", "bn", "flap", "obs")
 TRIED_AT = {"macs": 0.5}  # where an allowed drop alone decides

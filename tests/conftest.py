@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from onnxprune.training import supported
+
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "models"
 SHARED = Path(os.environ.get("ONNXPRUNE_SHARED", ROOT.parent / "shared"))
+
+needs_training = pytest.mark.skipif(not supported(), reason="no training wheel for this Python and platform")
 
 
 @dataclass(frozen=True)

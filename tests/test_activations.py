@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxprune.activations import DAMPING, DATA_CRITERIA
+from onnxprune.activations import ACTIVATION_CRITERIA, DAMPING
 from onnxprune.data import Dataset, as_dataset
 from onnxprune.labels import analyse
 from onnxprune.model import open_model
@@ -18,7 +18,7 @@ MLP = """(float[N,6] x, float[6,8] w, float[8] b, float[8,5] v) => (float[N,5] y
     { h = Gemm(x, w, b) r = Relu(h) y = MatMul(r, v) }"""
 
 
-@pytest.mark.parametrize("criterion", DATA_CRITERIA)
+@pytest.mark.parametrize("criterion", ACTIVATION_CRITERIA)
 def test_scores_follow_their_equations(criterion: str) -> None:
     units = find_units(analyse(graph(MLP)))
     (group,) = units.groups
@@ -32,15 +32,15 @@ def test_scores_follow_their_equations(criterion: str) -> None:
         "flap": read.var(0) * norms,
         "obs": norms / np.diag(np.linalg.inv(damped)),
     }[criterion]
-    found = DATA_CRITERIA[criterion](units, Dataset({"x": x}, None))
+    found = ACTIVATION_CRITERIA[criterion](units, Dataset({"x": x}, None))
     np.testing.assert_allclose(found[group.units], expected / expected.mean(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("criterion", DATA_CRITERIA)
+@pytest.mark.parametrize("criterion", ACTIVATION_CRITERIA)
 @pytest.mark.parametrize("name", ["digits_resnet", "digits_vit", "digits_gru"])
 def test_every_prunable_unit_of_a_real_model_is_scored(criterion: str, name: str) -> None:
     model = normalise(open_model(MODELS / f"{name}.onnx"))
     units = prunable(model, name)
-    scores = DATA_CRITERIA[criterion](units, as_dataset(str(MODELS / "digits.npz"), model, None))
+    scores = ACTIVATION_CRITERIA[criterion](units, as_dataset(str(MODELS / "digits.npz"), model, None))
     assert np.isfinite(scores).all() and (scores >= 0).all()
     assert all((scores[group.units] > 0).any() for group in units.groups)

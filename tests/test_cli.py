@@ -20,11 +20,10 @@ from onnxprune.model import open_model
 from onnxprune.plan import load_plan
 from onnxprune.training import supported
 from onnxprune.verify import mask_oracle
-from tests.conftest import MODELS, call, start
+from tests.conftest import MODELS, call, needs_training, start
 from tests.graphs import proto
 
 DIGITS, TEST = MODELS / "digits.npz", MODELS / "digits_test.npz"
-needs_training = pytest.mark.skipif(not supported(), reason="no training wheel for this Python and platform")
 
 
 def accuracy(path: Path) -> float:

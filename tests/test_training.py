@@ -19,16 +19,15 @@ from onnxprune.errors import TrainingError
 from onnxprune.evaluate import predict, relative_difference, run_model
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
-from onnxprune.training import TrainingOptions, fine_tune, runtime, supported
+from onnxprune.training import TrainingOptions, fine_tune, runtime
 from onnxprune.training.client import choose_augmentation
 from onnxprune.training.forward import teacher_graph, trainable, training_graph
 from onnxprune.training.losses import plan_loss
 from onnxprune.training.worker import AdamW, augment, learning_rate
-from tests.conftest import MODELS
+from tests.conftest import MODELS, needs_training
 from tests.graphs import graph
 
 NAMES = ["digits_resnet", "digits_mlp", "digits_vit", "digits_gru"]
-needs_training = pytest.mark.skipif(not supported(), reason="no training wheel for this Python and platform")
 
 
 def load(name: str) -> ir.Model:

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from onnxprune.activations import DATA_CRITERIA
 from onnxprune.cli.options import (
     IMAGE_OPTIONS,
     KINDS_OPTION,
@@ -22,7 +21,7 @@ from onnxprune.cli.options import (
 from onnxprune.cli.output import TerminalListener, print_json, report_tables, say, show
 from onnxprune.errors import TargetError
 from onnxprune.options import RunOptions
-from onnxprune.pipeline import run
+from onnxprune.pipeline import DATA_CRITERIA, run
 from onnxprune.report import Report
 from onnxprune.score import CRITERIA
 from onnxprune.threshold import INITIAL

@@ -81,8 +81,26 @@ def fine_tune(
     runtime = install_runtime(say=lambda line: progress({"event": "note", "message": line}))
     if not (folder / "job.json").exists():
         _prepare(model, teacher, data, folder, options, augmentation or {})
+    for name, array in _work(folder, runtime, options, progress).items():
+        model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+
+
+def gradient_moments(
+    model: ir.Model, data: Dataset, folder: Path, options: TrainingOptions
+) -> dict[str, np.ndarray[Any, Any]]:
+    """The mean, and the mean square, of the loss's gradient over batches of `data`, by parameter.
+
+    Float32 arrays of shape (2, *parameter's). Nothing is trained. Raises `TrainingError` as `fine_tune` does.
+    """
+    runtime = install_runtime()
+    _prepare(model, model, data, folder, options, {"task": "gradients", "batch": fixed_batch(model) or SHARD})
+    return _work(folder, runtime, options, lambda event: None)
+
+
+def _work(folder: Path, runtime: Path, options: TrainingOptions, progress: Progress) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays that a job's worker leaves, which is started again where it dies."""
     for attempt in range(RESTARTS + 1):
-        if (folder / "weights.npz").exists():
+        if (folder / "result.npz").exists():
             break
         try:
             _run_worker(folder, runtime, options, progress)
@@ -90,10 +108,8 @@ def fine_tune(
             if attempt == RESTARTS:
                 raise
             progress({"event": "note", "message": f"{error}; starting it again from its last checkpoint"})
-    with np.load(folder / "weights.npz") as weights:
-        for name in weights.files:
-            value = model.graph.initializers[name]
-            value.const_value = ir.tensor(weights[name], name=name)
+    with np.load(folder / "result.npz") as arrays:
+        return dict(arrays)
 
 
 def _prepare(
@@ -119,6 +135,7 @@ def _prepare(
         labels = str(_array_file(folder, "labels", data.labels.astype(kind)))
     fixed = fixed_batch(model)
     job = {
+        "task": "tune",
         "trainable": names,
         "inputs": inputs,
         "labels": labels,

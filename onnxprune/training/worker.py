@@ -1,7 +1,7 @@
 """The worker process: builds the gradient graph, trains, and reports every step as a JSON line on stdout.
 
 Run as `python -m onnxprune.training.worker JOB` with the training runtime first on the path. JOB is a folder with
-`job.json`, `forward.onnx`, `teacher.onnx` and the data as .npy; the results are `weights.npz` and checkpoints there.
+`job.json`, `forward.onnx`, `teacher.onnx` and the data as .npy; the results are `result.npz` and checkpoints there.
 
 Two things were measured and decide the shape of this file. The gradient graph runs as a plain inference session on one
 thread, several shards of a batch at once: 1.75 times as fast on two cores as ONNX Runtime's own training module, whose
@@ -181,12 +181,27 @@ class Trainer:
             if time.monotonic() - saved > self.job["checkpoint_seconds"] or step + 1 == total:
                 self._save(step + 1)
                 saved = time.monotonic()
-        write_arrays(self.folder / "weights.npz", self.weights)
+        write_arrays(self.folder / "result.npz", self.weights)
         say(event="done")
 
-    def _step(self, chosen: Array, rng: np.random.Generator, step: int, total: int) -> tuple[float, float | None]:
-        feeds = self._batch(chosen, rng)
-        shards = np.array_split(np.arange(len(chosen)), max(1, math.ceil(len(chosen) / self.job["shard"])))
+    def measure(self) -> None:
+        """The mean and the mean square of each parameter's gradient over batches; nothing is trained."""
+        samples = len(next(iter(self.data.values())))
+        size = min(self.job["batch"], samples)
+        moments = {name: np.zeros((2, *array.shape), np.float32) for name, array in self.weights.items()}
+        count = samples // size
+        for step in range(count):
+            chosen = np.arange(step * size, (step + 1) * size)
+            _, _, gradients = self._gradients(self._batch(chosen, np.random.default_rng(0)), len(chosen))
+            for name, gradient in gradients.items():
+                moments[name] += np.stack([gradient, np.square(gradient)]) / np.float32(count)
+            say(event="step", step=step + 1, total=count)
+        write_arrays(self.folder / "result.npz", moments)
+        say(event="done")
+
+    def _gradients(self, feeds: dict[str, Array], size: int) -> tuple[float, list[Array], dict[str, Array]]:
+        """The loss of a batch, what is compared with the teacher by shard, and each parameter's gradient."""
+        shards = np.array_split(np.arange(size), max(1, math.ceil(size / self.job["shard"])))
         fetched = [self.heads[0], *self.heads[1:2], *self.gradients.values()]
 
         def run(rows: Array) -> list[Array]:
@@ -199,13 +214,18 @@ class Trainer:
             return list(self.session.run(fetched, {k: v for k, v in {**self.weights, **shard}.items() if k in wanted}))
 
         results = list(self.pool.map(run, shards))
-        shares = [np.float32(len(rows) / len(chosen)) for rows in shards]
+        shares = [np.float32(len(rows) / size) for rows in shards]
         loss = float(sum(share * float(result[0]) for share, result in zip(shares, results, strict=True)))
         skip = 1 + len(self.heads[1:2])
         gradients = {
             name: np.sum([share * result[skip + i] for share, result in zip(shares, results, strict=True)], axis=0)
             for i, name in enumerate(self.gradients)
         }
+        return loss, [result[1] for result in results if len(result) > 1], gradients
+
+    def _step(self, chosen: Array, rng: np.random.Generator, step: int, total: int) -> tuple[float, float | None]:
+        feeds = self._batch(chosen, rng)
+        loss, scores, gradients = self._gradients(feeds, len(chosen))
         norm = math.sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in gradients.values()))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.bad_steps += 1
@@ -216,7 +236,7 @@ class Trainer:
         self.optimizer.step(
             {name: g * scale for name, g in gradients.items()}, learning_rate(step, total, self.job["lr"])
         )
-        return loss, self._accuracy(feeds, results)
+        return loss, self._accuracy(feeds, scores)
 
     def _batch(self, chosen: Array, rng: np.random.Generator) -> dict[str, Array]:
         feeds = {name: np.asarray(array[chosen]) for name, array in self.data.items()}
@@ -227,12 +247,11 @@ class Trainer:
             feeds["onnxprune.labels"] = np.asarray(self.labels[chosen])
         return feeds
 
-    def _accuracy(self, feeds: dict[str, Array], results: list[list[Array]]) -> float | None:
+    def _accuracy(self, feeds: dict[str, Array], scores: list[Array]) -> float | None:
         labels = feeds.get("onnxprune.labels")
         if labels is None or labels.dtype.kind == "f" or labels.ndim != 1:
             return None
-        scores = np.concatenate([result[1] for result in results])
-        return float((scores.argmax(-1) == labels).mean())
+        return float((np.concatenate(scores).argmax(-1) == labels).mean())
 
     def _save(self, step: int) -> None:
         state = {f"w:{name}": array for name, array in self.weights.items()}
@@ -281,7 +300,8 @@ def main() -> None:
     try:
         modules = import_runtime()
         limit_memory(json.loads((folder / "job.json").read_text())["memory_limit"])
-        Trainer(folder, *modules).run()
+        trainer = Trainer(folder, *modules)
+        (trainer.measure if trainer.job["task"] == "gradients" else trainer.run)()
         return
     except FloatingPointError as error:
         kind, message = "not-finite", str(error)
