@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from onnxprune.pipeline import run
     from onnxprune.plan import Plan
     from onnxprune.report import Report
+    from onnxprune.select import Keep
     from onnxprune.sensitivity import Sensitivity, sensitivity
 
 __version__ = "0.1.0"
@@ -33,7 +34,7 @@ _HOMES = {  # imported when first used: the training worker must not load the us
     "Inspection": "api", "PruneResult": "api", "inspect": "api", "prune": "api",
     "apply": "api", "verify": "api", "Verification": "api",
     "BenchResult": "bench", "bench": "bench", "ImageOptions": "data", "RunOptions": "options", "run": "pipeline",
-    "Plan": "plan", "Report": "report", "Sensitivity": "sensitivity", "sensitivity": "sensitivity",
+    "Plan": "plan", "Report": "report", "Keep": "select", "Sensitivity": "sensitivity", "sensitivity": "sensitivity",
 }  # fmt: skip
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "DataError",
     "ImageOptions",
     "Inspection",
+    "Keep",
     "ModelError",
     "OnnxPruneError",
     "Plan",

@@ -27,7 +27,7 @@ from onnxprune.model import digest, external_files, open_model, save_model
 from onnxprune.normalise import normalise
 from onnxprune.plan import Plan, load_plan
 from onnxprune.score import Scope, normalise_scores, score_units
-from onnxprune.select import Rounding, keep_best, round_up, survivors_by_share
+from onnxprune.select import Keep, Rounding, bounded, keep_best, round_up, survivors_by_share
 from onnxprune.units import Units, find_units, prunable
 from onnxprune.verify import check_cut, mask_oracle
 
@@ -70,6 +70,7 @@ def prune(
     granularity: Granularity = "auto",
     kinds: Sequence[str] = (),
     protect: Sequence[str] = (),
+    keep: Sequence[Keep] = (),
     layers: int | Literal["auto"] | None = None,
     seed: int = 0,
     plan: str | os.PathLike[str] | None = None,
@@ -79,10 +80,10 @@ def prune(
 
     `round_to` rounds widths up to a multiple (None: what convolutions like). `kinds` restricts the cut to some kinds of
     groups; parameters that match one of the patterns in `protect`, by their name or their node's, keep their shape.
-    `layers` layers, those of the smallest weights, are dropped first; with a ratio of 0 nothing else goes.
-    Writes the pruned model to `output`, the plan to `plan` and the normalised model whose names and positions the
-    plan uses to `baseline`. The result has been run in onnxruntime and compared with the mask oracle. Raises subclasses
-    of `OnnxPruneError`.
+    `keep` bounds the share of units that stays, for groups by name. `layers` layers, those of the smallest weights, are
+    dropped first; with a ratio of 0 nothing else goes. Writes the pruned model to `output`, the plan to `plan` and the
+    normalised model whose names and positions the plan uses to `baseline`. The result has been run in onnxruntime and
+    compared with the mask oracle. Raises subclasses of `OnnxPruneError`.
     """
     if not 0 <= ratio < 1 or (ratio == 0 and layers is None):
         raise UsageError(f"--ratio {ratio:g}: give the share of units to remove, between 0 and 1")
@@ -93,7 +94,7 @@ def prune(
     thinner, dropped = _without_layers(normal, layers, protect)
     if dropped.layers:
         units = prunable(thinner, str(model), granularity, kinds, protect)
-    scores = normalise_scores(units, score_units(units, criterion, seed), scope)
+    scores = bounded(units, normalise_scores(units, score_units(units, criterion, seed), scope), keep)
     if scope == "layer":
         alive = survivors_by_share(units, scores, ratio, Rounding(round_to))
     else:
@@ -247,8 +248,8 @@ def _share_of_all(units: Units, scores: np.ndarray[Any, Any], ratio: float, roun
     ids = np.concatenate([group.units for group in units.groups])
     order = ids[np.argsort(scores[ids], kind="stable")]
     best = {int(group.units[np.argmax(scores[group.units])]) for group in units.groups}
-    free = np.array([unit for unit in order if int(unit) not in best])
-    gone = np.zeros(units.count, bool)
+    free = np.array([unit for unit in order if int(unit) not in best and scores[unit] < np.inf], int)
+    gone = scores == -np.inf
     gone[free[: round(ratio * len(ids))]] = True
     alive = np.ones(units.count, bool)
     for group in units.groups:

@@ -8,6 +8,7 @@ from typing import Literal
 from onnxprune.errors import UsageError
 from onnxprune.labels.solve import Granularity
 from onnxprune.score import Scope
+from onnxprune.select import Keep
 from onnxprune.threshold import INITIAL, Schedule
 
 Controller = Literal["bisect", "published"]
@@ -19,7 +20,8 @@ class RunOptions:
     """Everything that decides a run's result besides the model and the data.
 
     Targets are shares that may remain (0.5 = half); `max_drop` is in points of the metric; `round_to` None is
-    automatic, `rounds`, `epochs` and `lr` None are chosen by the run. Raises `UsageError` for values out of range.
+    automatic, `rounds`, `epochs` and `lr` None are chosen by the run; `prior` is a file that `sensitivity` wrote.
+    Raises `UsageError` for values out of range.
     """
 
     target_macs: float | None = None
@@ -34,7 +36,9 @@ class RunOptions:
     granularity: Granularity = "auto"
     kinds: tuple[str, ...] = ()
     protect: tuple[str, ...] = ()
+    keep: tuple[Keep, ...] = ()
     layers: int | Literal["auto"] | None = None
+    prior: str | None = None
     round_to: int | None = None
     metric: str | None = None
     controller: Controller = "bisect"

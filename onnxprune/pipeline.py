@@ -43,7 +43,8 @@ from onnxprune.reconstruct import reconstruct
 from onnxprune.repair import reestimate_batch_norm
 from onnxprune.report import Report, Side, latency_sides, versions, widths
 from onnxprune.score import CRITERIA, Origin, normalise_scores, origin_of, score_units
-from onnxprune.select import Rounding, survivors, tau_for
+from onnxprune.select import Rounding, bounded, survivors, tau_for
+from onnxprune.sensitivity import load_sensitivity
 from onnxprune.threshold import (
     EVALUATIONS,
     LEAST_GAIN,
@@ -204,7 +205,11 @@ class Run:
     @cached_property
     def origin(self) -> Origin:
         """What the groups of the uncut model are like: scores of later rounds are relative to it."""
-        return origin_of(self.units)
+        origin = origin_of(self.units)
+        if self.options.prior is None:
+            return origin
+        factors = load_sensitivity(Path(self.options.prior)).factors(self.units, self.options.seed)
+        return {name: (size, factor * factors.get(name, 1.0)) for name, (size, factor) in origin.items()}
 
     @cached_property
     def base_costs(self) -> dict[str, int]:
@@ -399,7 +404,9 @@ class Run:
         options = self.options
         units = chosen_units(model, options.granularity, options.kinds, options.protect)
         raw = self._raw_scores(units, criterion or self.criterion)
-        return units, normalise_scores(units, raw, options.scope, self.origin), Rounding(options.round_to)
+        scores = normalise_scores(units, raw, options.scope, self.origin)
+        sizes = {name: size for name, (size, _) in self.origin.items()}
+        return units, bounded(units, scores, options.keep, sizes), Rounding(options.round_to)
 
     # ---- one round
 

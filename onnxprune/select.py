@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import numpy as np
 
 from onnxprune.cost import Alive
+from onnxprune.errors import UsageError
 from onnxprune.score import Scores
 from onnxprune.units import Group, Units
 
@@ -30,6 +32,43 @@ class Rounding:
         return next((r for r in (BLOCK, BLOCK // 2) if len(group.units) * group.repeats >= 4 * r), 1)
 
 
+@dataclass(frozen=True)
+class Keep:
+    """At least `least` and at most `most` of the units stay, as shares, of the groups whose name matches `pattern`."""
+
+    pattern: str
+    least: float
+    most: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least <= self.most <= 1 or self.most == 0:
+            raise UsageError(
+                f"--keep {self.pattern}={self.least:g}:{self.most:g}: give shares from 0 to 1, the lower one first"
+            )
+
+
+def bounded(units: Units, scores: Scores, keeps: Sequence[Keep], origin: Mapping[str, int] | None = None) -> Scores:
+    """Scores under which no threshold cuts what must stay, and every threshold what must go.
+
+    For each group the last of `keeps` that matches its name counts; shares are of the units that `origin` says the
+    group had, or has now. Raises `UsageError` for a pattern that matches no group.
+    """
+    for keep in keeps:
+        if not any(fnmatchcase(group.name, keep.pattern) for group in units.groups):
+            raise UsageError(f"--keep {keep.pattern}: no group has such a name; 'inspect' lists them")
+    result = scores.copy()
+    for group in units.groups:
+        matching = [keep for keep in keeps if fnmatchcase(group.name, keep.pattern)]
+        if not matching:
+            continue
+        keep = matching[-1]
+        before = (origin or {}).get(group.name, len(group.units))
+        best_first = group.units[np.argsort(-scores[group.units], kind="stable")]
+        result[best_first[max(1, math.floor(keep.most * before + 0.5)) :]] = -np.inf
+        result[best_first[: math.ceil(keep.least * before - 1e-9)]] = np.inf
+    return result
+
+
 def survivors(units: Units, scores: Scores, tau: float, rounding: Rounding) -> Alive:
     """What survives when every unit with score / tau < 1 goes, each group keeps its best, and widths are rounded up."""
     alive = np.ones(units.count, bool)
@@ -43,7 +82,8 @@ def survivors_by_share(units: Units, scores: Scores, share: float, rounding: Rou
     """What survives when `share` of the units of each group goes, lowest scores first."""
     alive = np.ones(units.count, bool)
     for group in units.groups:
-        removed = min(math.floor(share * len(group.units) + 0.5), int(np.isfinite(scores[group.units]).sum()))
+        least, most = int((scores[group.units] == -np.inf).sum()), int((scores[group.units] < np.inf).sum())
+        removed = int(np.clip(math.floor(share * len(group.units) + 0.5), least, most))
         keep_best(alive, group, scores, round_up(group, len(group.units) - removed, rounding.of(group)))
     return alive
 

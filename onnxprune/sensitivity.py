@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ from onnxprune.units import Units, prunable
 
 RATIOS = (0.25, 0.5, 0.75)
 SAMPLES = 512
+LEAST_LOSS = 1e-6  # of a group that seems to cost nothing
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Sensitivity:
 
     model: str
     metric: str
+    criterion: str
     uncut: float
     loss: float
     samples: int
@@ -56,6 +59,36 @@ class Sensitivity:
     def to_json(self) -> dict[str, Any]:
         """The curves as JSON."""
         return asdict(self)
+
+    def factors(self, units: Units, seed: int = 0) -> dict[str, float]:
+        """By group, what turns its scores into the loss that was measured when the largest share of it went.
+
+        So scores of different groups compare by what their units cost, whatever the criterion takes them for. Raises
+        `UsageError` when the curves are of another model.
+        """
+        groups = {group.name: group for group in units.groups}
+        known = [curve for curve in self.curves if curve.group in groups]
+        if any(curve.units != len(groups[curve.group].units) for curve in known) or not known:
+            raise UsageError(f"the curves of {self.model} are of another model: measure this one again")
+        scores, found = score_units(units, self.criterion, seed), dict[str, float]()
+        for curve in known:
+            own = np.sort(scores[groups[curve.group].units])
+            gone = own[: max(1, round(curve.ratios[-1] * curve.units))].sum()
+            found[curve.group] = max(curve.losses[-1] - self.loss, LEAST_LOSS) / max(float(gone), 1e-30)
+        return found
+
+
+def load_sensitivity(path: Path) -> Sensitivity:
+    """Reads what `Sensitivity.to_json` made. Raises `UsageError` for anything else."""
+    try:
+        content = json.loads(path.read_text())
+        curves: list[dict[str, Any]] = [
+            {name: tuple(value) if isinstance(value, list) else value for name, value in curve.items()}
+            for curve in content.pop("curves")
+        ]
+        return Sensitivity(**content, curves=tuple(Curve(**curve) for curve in curves))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path}: can't be read as what 'onnxprune sensitivity -o' writes: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -110,7 +143,7 @@ def sensitivity(
     for curve in _everywhere(task, len(units.groups), tuple(ratios), parallel):
         found.append(curve)
         listener.progress("measuring each group alone", len(found), len(units.groups))
-    return Sensitivity(str(model), measured.name, uncut.value, uncut.loss, len(part), tuple(found))
+    return Sensitivity(str(model), measured.name, criterion, uncut.value, uncut.loss, len(part), tuple(found))
 
 
 def _everywhere(task: Task, groups: int, ratios: tuple[float, ...], parallel: str) -> Iterator[Curve]:

@@ -22,6 +22,7 @@ def configuration(source: Path, train: Dataset | None, evaluation: Dataset, opti
         "model_sha256": sha256(source),
         "data": train.digest() if train is not None else None,
         "evaluation": evaluation.digest(),
+        "prior": sha256(Path(options.prior)) if options.prior else None,
         "options": json.loads(json.dumps(asdict(options))),
     }
 

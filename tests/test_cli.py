@@ -383,6 +383,22 @@ def test_layers_alone_are_dropped(tmp_path: Path) -> None:
     assert many.status == 2 and "6 layers" in many.err
 
 
+def test_shares_that_stay_can_be_set_by_name(tmp_path: Path) -> None:
+    model = MODELS / "digits_mlp.onnx"
+    groups = call("inspect", model, "--json", cwd=tmp_path).json["groups"]
+    name, units = groups[0]["name"], groups[0]["units"]
+    for command in ("prune", "run"):
+        wanted = ("--ratio", 0.5) if command == "prune" else ("--target-macs", 0.4)
+        arguments = (command, model, "-o", "o.onnx", *wanted, "--keep", f"{name}=0.75:0.75", "--round-to", 1, "--json")
+        result = call(*arguments, cwd=tmp_path)
+        assert result.status == 0, result.err
+        after = {each.name: tuple(each.dims) for each in onnx.load(str(tmp_path / "o.onnx")).graph.initializer}
+        assert 0.75 * units in after[name]
+    for wrong in ("wing*=0.5", "0.5", f"{name}=much", f"{name}=0.9:0.1"):
+        assert call("prune", model, "-o", "no.onnx", "--ratio", 0.5, "--keep", wrong, cwd=tmp_path).status == 2
+    assert not (tmp_path / "no.onnx").exists()
+
+
 def test_what_is_protected_keeps_its_shape(tmp_path: Path) -> None:
     model = MODELS / "digits_resnet.onnx"
     wanted = ("--protect", "blocks.0.*", "--protect", "*.skip.?.weight")

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from onnxprune.cost import Cost
 from onnxprune.cut import cut
-from onnxprune.errors import ModelError
+from onnxprune.errors import ModelError, UsageError
 from onnxprune.labels import analyse
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
 from onnxprune.score import CRITERIA, normalise_scores, score_units
-from onnxprune.select import Rounding, survivors, survivors_by_share, tau_for
+from onnxprune.select import Keep, Rounding, bounded, survivors, survivors_by_share, tau_for
 from onnxprune.threshold import INITIAL, Outcome, bisect_tau, initial_tau, next_progress, published_tau, reach
 from onnxprune.units import Units, find_units
 from tests.conftest import MODELS
@@ -199,3 +199,23 @@ def test_the_cubic_schedule() -> None:
         assert progress == pytest.approx(1 - (1 - t / 4) ** 3)
         history.append(Outcome(1, 0, 0, True, progress))
     assert next_progress(4, history, "cubic") is None
+
+
+def test_bounds_hold_whatever_the_threshold() -> None:
+    units = units_of("digits_resnet")
+    scores = normalise_scores(units, score_units(units), "global")
+    first, second = units.groups[0], units.groups[1]
+    keeps = [Keep("*", 0.25), Keep(first.name, 0.5, 0.5), Keep(second.name, 0.0, 0.75)]
+    held = bounded(units, scores, keeps)
+    for tau in (-1.0, 0.0, float(np.median(scores[np.isfinite(scores)])), 1e9):
+        alive = survivors(units, held, tau, Rounding(1))
+        for group in units.groups:
+            share = alive[group.units].mean()
+            low, high = {first.name: (0.5, 0.5), second.name: (0.0, 0.75)}.get(group.name, (0.25, 1.0))
+            assert low <= share <= high, (group.name, tau)
+    everywhere = survivors_by_share(units, held, 0.9, Rounding(1))
+    assert everywhere[first.units].mean() == 0.5
+    halved = bounded(units, scores, [Keep("*", 0.5)], {group.name: 2 * len(group.units) for group in units.groups})
+    assert (halved == np.inf).all()  # half of what there was before the last round: all of it
+    with pytest.raises(UsageError, match="wing"):
+        bounded(units, scores, [Keep("wing*", 0.5)])

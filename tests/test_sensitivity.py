@@ -43,6 +43,18 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path) -> None:
     assert piped.json["curves"] == json.loads((tmp_path / "s.json").read_text())["curves"]
 
 
+def test_a_run_takes_the_curves_as_its_prior(tmp_path: Path) -> None:
+    assert call("sensitivity", MODEL, "--data", DATA, "--samples", 100, "-o", "s.json", cwd=tmp_path).status == 0
+    run = ("run", MODEL, "--data", DATA, "--epochs", 0, "--target-macs", 0.3, "--json", "-o", "o.onnx")
+    plain, weighed = (call(*run, *more, cwd=tmp_path) for more in ((), ("--prior", "s.json")))
+    assert plain.status == weighed.status == 0, weighed.err
+    assert plain.json["rounds"][0]["widths"] != weighed.json["rounds"][0]["widths"]
+    for wrong in ("none.json", MODEL):
+        assert call(*run, "--prior", wrong, cwd=tmp_path).status == 2
+    other = (run[0], MODELS / "digits_vit.onnx", *run[2:])
+    assert call(*other, "--prior", "s.json", cwd=tmp_path).status == 2
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [

@@ -9,6 +9,7 @@ import click
 
 from onnxprune.data import ImageOptions
 from onnxprune.errors import UsageError
+from onnxprune.select import Keep
 
 SCOPES = ["layer", "global", "isomorphic"]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,6 +46,24 @@ class Layers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         self.fail(f"{value!r} is neither a positive number nor 'auto'", param, ctx)
 
 
+class KeepType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """PATTERN=LEAST or PATTERN=LEAST:MOST."""
+
+    name = "keep"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Keep:
+        """The bounds for the groups of such names."""
+        pattern, _, shares = str(value).rpartition("=")
+        least, _, most = shares.partition(":")
+        try:
+            bounds = float(least), float(most or 1)
+        except ValueError:
+            bounds = None
+        if not pattern or bounds is None:
+            self.fail(f"{value!r} isn't PATTERN=LEAST or PATTERN=LEAST:MOST, such as 'conv1*=0.5'", param, ctx)
+        return Keep(pattern, *bounds)
+
+
 KINDS_OPTION = click.option(
     "--kinds",
     multiple=True,
@@ -57,6 +76,13 @@ PROTECT_OPTION = click.option(
     multiple=True,
     metavar="PATTERN",
     help="Parameters and nodes of such names keep their shape: '*', '?' and '[abc]' match; repeatable.",
+)
+KEEP_OPTION = click.option(
+    "--keep",
+    multiple=True,
+    type=KeepType(),
+    metavar="PATTERN=LEAST[:MOST]",
+    help="Groups of such names keep at least, and at most, these shares of their units; repeatable, the last counts.",
 )
 LAYERS_OPTION = click.option(
     "--layers",

@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 
 from onnxprune.api import PruneResult, prune
-from onnxprune.cli.options import KINDS_OPTION, LAYERS_OPTION, PROTECT_OPTION, ROUND_TO, SCOPES, with_json
+from onnxprune.cli.options import KEEP_OPTION, KINDS_OPTION, LAYERS_OPTION, PROTECT_OPTION, ROUND_TO, SCOPES, with_json
 from onnxprune.cli.output import print_json, say, share, show
 from onnxprune.score import CRITERIA
 
@@ -31,6 +31,7 @@ from onnxprune.score import CRITERIA
 )
 @KINDS_OPTION
 @PROTECT_OPTION
+@KEEP_OPTION
 @LAYERS_OPTION
 @click.option("--seed", type=int, default=0, help="For --criterion random.")
 @click.option("--plan", type=click.Path(path_type=Path), help="Write what was removed as JSON.")

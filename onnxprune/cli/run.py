@@ -9,6 +9,7 @@ import click
 
 from onnxprune.cli.options import (
     IMAGE_OPTIONS,
+    KEEP_OPTION,
     KINDS_OPTION,
     LAYERS_OPTION,
     PROTECT_OPTION,
@@ -65,7 +66,9 @@ RUN_OPTIONS = [
     ),
     KINDS_OPTION,
     PROTECT_OPTION,
+    KEEP_OPTION,
     LAYERS_OPTION,
+    click.option("--prior", metavar="FILE", help="What 'sensitivity -o' wrote: groups are weighed by what they cost."),
     click.option(
         "--round-to", type=ROUND_TO, default="auto", metavar="N|auto", help="Widths are rounded up to a multiple."
     ),
