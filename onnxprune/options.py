@@ -21,6 +21,7 @@ class RunOptions:
 
     Targets are shares that may remain (0.5 = half); `max_drop` is in points of the metric; `round_to` None is
     automatic, `rounds`, `epochs` and `lr` None are chosen by the run; `prior` is a file that `sensitivity` wrote.
+    `memory` bounds, in MB, what repair holds beside models and runtime; None is 2048.
     Raises `UsageError` for values out of range.
     """
 
@@ -47,6 +48,7 @@ class RunOptions:
     schedule: Schedule = "even"
     providers: tuple[str, ...] = ("cpu",)
     threads: int | None = None
+    memory: int | None = None
     seed: int = 0
     distillation: float = 0.8
     batch: int = 64
@@ -58,7 +60,7 @@ class RunOptions:
                 raise UsageError(f"--target-{name} {value:g}: give the share that may remain, between 0 and 1")
         if self.max_drop is not None and not self.max_drop >= 0:
             raise UsageError(f"--max-drop {self.max_drop:g}: give the points that may be lost, 0 or more")
-        for name in ("rounds", "round_to", "threads", "batch"):
+        for name in ("rounds", "round_to", "threads", "batch", "memory"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {number}: give 1 or more")
         if self.epochs is not None and self.epochs < 0:

@@ -438,7 +438,7 @@ class Run:
         self.listener.stage(f"round {number}: cutting")
         model, step = cut(units, alive)
         check_cut(state.model, model, step)
-        self._repair(model, state, step, partial(self.listener.progress, f"round {number}: repairing"))
+        self._repair(model, state, step, partial(self.listener.progress, f"round {number}: repairing"), self.note)
         repaired = verdict = self.judge.measure(model)
         if self.epochs:
             tuned = model.clone()
@@ -492,7 +492,12 @@ class Run:
         fine_tune(model, self.baseline, self.train, folder / "tune", options, self.augmentation, show)
 
     def _repair(
-        self, model: ir.Model, state: State, step: Plan, progress: Callable[[int, int], None] = lambda *_: None
+        self,
+        model: ir.Model,
+        state: State,
+        step: Plan,
+        progress: Callable[[int, int], None] = lambda *_: None,
+        note: Callable[[str], None] = lambda _: None,
     ) -> None:
         """What can be done without training: layers fitted to those before the cut, or else batch normalisation.
 
@@ -501,7 +506,8 @@ class Run:
         if self.train is None:
             return
         whole, plan = (state.model, step) if state.tuned else (self.baseline, state.plan.then(step))
-        if not reconstruct(model, whole, plan, self.train, self.options.threads, progress):
+        memory = self.options.memory and self.options.memory << 20
+        if not reconstruct(model, whole, plan, self.train, self.options.threads, progress, memory, note):
             reestimate_batch_norm(model, self.train, self.options.threads)
 
     def _progress(self, costs: dict[str, int]) -> float:

@@ -4,10 +4,13 @@ For each convolution and product, in order: with X its inputs in the cut model a
 uncut model's, the change of its weights is the ridge regression `(X'X + lambda I)^-1 X'E`, with a column of ones for
 the bias. Inputs are the cut model's own, with everything before repaired already, so that errors don't pile up
 (He et al. 2017, Channel Pruning, section 3.1, equation 5; Luo et al. 2017, ThiNet, equation 7). Labels aren't needed.
+Where samples are scarce, lambda is what does best on samples that are held out, and a layer that gains nothing there is
+left as it is.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,11 +30,13 @@ from onnxprune.units import weight_matrix
 SAMPLES = 512  # calibration samples
 SIZE, FEW = 32, 4  # samples in a batch; in one by which memory is told
 ROWS = 16384  # positions that a layer is fitted on, at most
-WIDEST = 4608  # inputs of an output, beyond which a layer is left alone: its Gram matrix takes 170 MB
-HELD = 2**29  # bytes of uncut outputs that are kept
-LIVE, TENSORS = 2**30, 3  # bytes of inner values that are held, and how many of the largest there may be at once
+MEMORY = 2**31  # bytes, of which a half is for inner values, a quarter each for uncut outputs and for Gram matrices
+TENSORS, COPIES = 3, 4  # inner values of the largest size at once; float64 arrays while a layer is solved for
+NARROWEST = 16  # inputs at a time, below which a layer is left alone
 SILENT = 1e-3
 RIDGE = 1e-3  # lambda, in units of the mean diagonal of the Gram matrix
+PLENTY = 8  # positions for each input, below which lambda is chosen on a quarter of them that is held out
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 Array = NDArray[np.float64]
 Sample = NDArray[np.float32]  # (positions, channels)
@@ -60,6 +65,12 @@ class Fit:
         return integer(self.node, "group", 1) if self.node.op_type == "Conv" else 1
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """How many outputs there are in a group, and how many inputs each has."""
+        outputs, inputs = self._matrix(np.asarray(constant(self.weight))).shape
+        return outputs // self.groups, inputs
+
+    @property
     def axis(self) -> int:
         """The axis of the output along which its channels lie."""
         return 1 if self.node.op_type == "Conv" else -1
@@ -75,15 +86,21 @@ class Fit:
             return _patches(self.node, array, shape, rows)
         return np.asarray(array.reshape(-1, array.shape[-1])[rows], np.float32)
 
-    def change(self, delta: Array) -> None:
-        """Adds a change of shape (groups, inputs, outputs), with one more input for the bias."""
+    def change(self, delta: Array, block: slice) -> None:
+        """Adds a change of shape (groups, inputs in the block, outputs), with one more input for the bias."""
         width = delta.shape[1] - (self.bias is not None)
-        matrix = delta[:, :width]
-        if self.node.op_type == "Conv" or (self.node.op_type == "Gemm" and integer(self.node, "transB", 0)):
-            matrix = matrix.swapaxes(1, 2)
-        _add(self.weight, matrix)
+        array = np.array(constant(self.weight), np.float64)
+        matrix = self._matrix(array)
+        matrix[:, block] += delta[:, :width].swapaxes(1, 2).reshape(len(matrix), width)
+        _set(self.weight, array)
         if self.bias is not None:
-            _add(self.bias, delta[:, width])
+            _set(self.bias, np.array(constant(self.bias), np.float64) + delta[:, width].ravel())
+
+    def _matrix(self, weights: NDArray[Any]) -> NDArray[Any]:
+        """A view of the weights as (outputs, inputs of each)."""
+        if self.node.op_type == "Conv":
+            return weights.reshape(len(weights), -1)
+        return weights if self.node.op_type == "Gemm" and integer(self.node, "transB", 0) else weights.T
 
 
 def reconstruct(
@@ -93,22 +110,45 @@ def reconstruct(
     data: Dataset,
     threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    memory: int | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> int:
     """Fits every convolution and product of a cut model, in place; returns how many there were.
 
     `plan` says what the model lost of `baseline`, whose value names it has. Left alone are weights that several nodes
-    share or that aren't floats, and layers of more than 4,608 inputs of an output.
+    share or that aren't floats. `memory` bounds, in bytes, what is held beside the models and the runtime's own: fewer
+    samples and positions, and layers whose Gram matrix would be too large are fitted to a part of their inputs after
+    the other; `note` is told of those.
     """
+    memory = memory or MEMORY
     layers = list(_layers(model, baseline, plan))
     if not layers or len(data) < (fixed_batch(model) or 1):
         return 0
-    feeds, wanted = _uncut_outputs(baseline, layers, data, threads)
+    feeds, wanted = _uncut_outputs(baseline, layers, data, threads, memory)
     walk = Walk(model, feeds[: len(wanted[0])], threads)
+    if len(wanted[0]) < len(feeds):
+        note(f"repair: {len(wanted[0])} of {len(feeds)} batches of calibration data fit into {memory >> 20} MB")
+    parted = list[str]()
     for number, layer in enumerate(layers):
         progress(number + 1, len(layers))
         walk.reach(layer.node)
-        _fit(walk, layer, wanted[number])
+        blocks = list(_blocks(layer, memory // 4))
+        parted += [layer.node.name or ""] * (len(blocks) != 1)
+        for block in blocks:
+            _fit(walk, layer, wanted[number], block)
+    if parted:
+        note(f"repair: {len(parted)} layers were fitted to parts of their inputs for want of memory, as {parted[0]}")
     return len(layers)
+
+
+def _blocks(layer: Fit, memory: int) -> Iterator[slice]:
+    """The inputs of a layer in as few parts as memory allows for Gram matrices; nothing where they'd be too narrow."""
+    outputs, inputs = layer.sizes
+    numbers = memory // (8 * COPIES * layer.groups)
+    widest = int((math.sqrt(outputs**2 + 4 * numbers) - outputs) / 2)
+    if widest >= min(NARROWEST, inputs):
+        edges = np.linspace(0, inputs, -(-inputs // widest) + 1).astype(int)
+        yield from (slice(int(a), int(b)) for a, b in itertools.pairwise(edges))
 
 
 def _layers(model: ir.Model, baseline: ir.Model, plan: Plan) -> Iterator[Fit]:
@@ -156,9 +196,9 @@ def _fits(node: ir.Node, weight: ir.Value) -> bool:
         return False
     shape = tuple(int(dim) for dim in array.shape.numpy())
     if node.op_type == "Conv":
-        return text(node, "auto_pad", "NOTSET") in ("NOTSET", "VALID") and math.prod(shape[1:]) <= WIDEST
+        return text(node, "auto_pad", "NOTSET") in ("NOTSET", "VALID")
     scaled = any(name in node.attributes and node.attributes[name].as_float() != 1 for name in ("alpha", "beta"))
-    return len(shape) == 2 and max(shape) <= WIDEST and not scaled and not integer(node, "transA", 0)
+    return len(shape) == 2 and not scaled and not integer(node, "transA", 0)
 
 
 def _own_bias(node: ir.Node) -> ir.Value | None:
@@ -172,7 +212,7 @@ def _own_bias(node: ir.Node) -> ir.Value | None:
 
 
 def _uncut_outputs(
-    baseline: ir.Model, layers: list[Fit], data: Dataset, threads: int | None
+    baseline: ir.Model, layers: list[Fit], data: Dataset, threads: int | None, memory: int
 ) -> tuple[Sequence[Batch], list[list[Target]]]:
     """Calibration batches, and what the uncut model computes where each layer ends for as many as memory allows."""
     names = [layer.end.name or "" for layer in layers]
@@ -181,17 +221,17 @@ def _uncut_outputs(
     size = fixed_batch(baseline) or min(SIZE, len(data))
     if fixed_batch(baseline) is None and size > FEW:
         few = run_session(session, next(batches(data.take(slice(0, FEW)), FEW)))
-        size = max(FEW, min(size, FEW * LIVE // sum(array.nbytes for array in few)))
+        size = max(FEW, min(size, FEW * (memory // 2) // sum(array.nbytes for array in few)))
     feeds = list(batches(data.take(slice(0, min(SAMPLES, len(data)) // size * size)), size))
     random = np.random.default_rng(0)
     found: list[list[Target]] = [[] for _ in layers]
     for number, batch in enumerate(feeds):
         ends = dict(zip(dict.fromkeys(names), run_session(session, batch), strict=True))
         arrays = [ends[name] for name in names]
-        if number >= max(1, LIVE // (TENSORS * max(array.nbytes for array in arrays))):
+        if number >= max(1, memory // 2 // (TENSORS * max(array.nbytes for array in arrays))):
             break
         widths = sum(array.shape[layer.axis] for layer, array in zip(layers, arrays, strict=True))
-        limit = max(1, min(ROWS, HELD // (4 * widths)) // len(feeds))
+        limit = max(1, min(ROWS, memory // 4 // (4 * widths)) // len(feeds))
         for layer, array, targets in zip(layers, arrays, found, strict=True):
             positions = array.size // array.shape[layer.axis]
             rows = np.sort(random.choice(positions, min(limit, positions), replace=False))
@@ -243,25 +283,57 @@ class Walk:
             yield run_session(session, held)
 
 
-def _fit(walk: Walk, layer: Fit, wanted: list[Target]) -> None:
-    """Ridge regression in each group of a layer: (groups, inputs, inputs) and (groups, inputs, outputs)."""
-    source, gram, cross = layer.node.inputs[0], np.zeros((1, 1, 1)), np.zeros((1, 1, 1))
+def _fit(walk: Walk, layer: Fit, wanted: list[Target], block: slice) -> None:
+    """Ridge regression on a block of inputs, in each group of a layer: (groups, inputs, inputs or outputs)."""
+    source = layer.node.inputs[0]
     assert source is not None
+    scarce = sum(len(rows) for _, rows, _ in wanted) < PLENTY * (block.stop - block.start)
+    kept, apart = Moments(), Moments()
     for held, (made,), (shape, rows, target) in zip(walk.held, walk.run([layer.end.name or ""]), wanted, strict=True):
         if made.size // made.shape[layer.axis] != math.prod(shape) // shape[layer.axis]:
             return  # what is folded into its positions was cut
         x = layer.inputs(held[source.name or ""], made.shape, rows)
-        error = (target - layer.outputs(made, rows)) / layer.scale.astype(np.float32)
+        error = np.asarray((target - layer.outputs(made, rows)) / layer.scale, np.float32)
         seen, lack = (each.reshape(len(rows), layer.groups, -1).swapaxes(0, 1) for each in (x, error))
+        seen = seen[..., block]
         if layer.bias is not None:
             seen = np.concatenate([seen, np.ones((*seen.shape[:2], 1), np.float32)], 2)
-        turned = seen.swapaxes(1, 2)
-        gram, cross = gram + (turned @ seen).astype(np.float64), cross + (turned @ lack).astype(np.float64)
-    means = np.trace(gram, axis1=1, axis2=2) / gram.shape[1]
-    ridge = RIDGE * np.maximum(means, max(SILENT * float(means.mean()), 1e-12))
-    delta = np.linalg.solve(gram + ridge[:, None, None] * np.eye(gram.shape[1]), cross)
+        first = len(rows) // 4 if scarce else 0  # rows are in the order of samples
+        apart.add(seen[:, :first], lack[:, :first])
+        kept.add(seen[:, first:], lack[:, first:])
+    share = RIDGE
+    if scarce:
+        gains = {share: apart.gain(kept.solved(share)) for share in RIDGES}
+        share = max(gains, key=gains.__getitem__)
+        if not gains[share] > 0:
+            return
+        kept.gram, kept.cross = kept.gram + apart.gram, kept.cross + apart.cross
+    delta = kept.solved(share)
     if np.isfinite(delta).all():
-        layer.change(delta)
+        layer.change(delta, block)
+
+
+class Moments:
+    """Sums over samples of inputs by inputs and of inputs by what is lacking: (groups, inputs, inputs or outputs)."""
+
+    def __init__(self) -> None:
+        self.gram = self.cross = np.zeros((1, 1, 1))
+
+    def add(self, inputs: Sample, lack: Sample) -> None:
+        """More samples: (groups, samples, inputs or outputs)."""
+        turned = inputs.swapaxes(1, 2)
+        self.gram = self.gram + (turned @ inputs).astype(np.float64)
+        self.cross = self.cross + (turned @ lack).astype(np.float64)
+
+    def solved(self, share: float) -> Array:
+        """The change of the weights that makes up for what is lacking, by ridge regression."""
+        means = np.trace(self.gram, axis1=1, axis2=2) / self.gram.shape[1]
+        ridge = share * np.maximum(means, max(SILENT * float(means.mean()), 1e-12))
+        return np.linalg.solve(self.gram + ridge[:, None, None] * np.eye(self.gram.shape[1]), self.cross)
+
+    def gain(self, delta: Array) -> float:
+        """By how much a change lowers the sum of squares of what is lacking."""
+        return float(2 * (delta * self.cross).sum() - (delta * (self.gram @ delta)).sum())
 
 
 def _patches(node: ir.Node, array: NDArray[np.floating], shape: tuple[int, ...], rows: NDArray[np.int64]) -> Sample:
@@ -281,8 +353,6 @@ def _patches(node: ir.Node, array: NDArray[np.floating], shape: tuple[int, ...],
     return np.asarray(np.stack(taps, 2).reshape(len(rows), -1), np.float32)
 
 
-def _add(value: ir.Value, change: Array) -> None:
+def _set(value: ir.Value, array: Array) -> None:
     assert value.const_value is not None
-    array = value.const_value.numpy()
-    changed = array.astype(np.float64) + change.reshape(array.shape)
-    value.const_value = ir.tensor(changed.astype(array.dtype), name=value.name)
+    value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=value.name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -105,3 +107,25 @@ def test_trained_models_come_back_without_training(name: str, least: float) -> N
     top1 = find_metric("top1", test)
     before, after = (top1.compute(predict(each, test), test.labels, []) for each in (rival, pruned))
     assert after >= max(least, before + 2)
+
+
+def test_less_memory_means_coarser_not_more() -> None:
+    model = graph("""(float[N,900] x, float[900,800] w, float[800] b, float[800,10] v) => (float[N,10] y)
+    { h = Gemm(x, w, b) r = Relu(h) y = MatMul(r, v) }""")
+    units = find_units(analyse(model))
+    alive = np.ones(units.count, bool)
+    alive[units.groups[0].units[::2]] = False
+    data = as_dataset({"x": random_inputs(model, 0, batch=512)["x"]}, model, None)
+    inputs = random_inputs(model, 9, batch=200)
+    wanted, lacks = run_model(model, inputs), dict[int, float]()
+    for memory in (2**31, 2**24):
+        pruned, plan = cut(units, alive)
+        before, said = relative_difference(wanted, run_model(pruned, inputs)), list[str]()
+        tracemalloc.start()
+        assert reconstruct(pruned, model, plan, data, memory=memory, note=said.append) == 2
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert held < memory
+        assert bool(said) == (memory < 2**30), said
+        lacks[memory] = relative_difference(wanted, run_model(pruned, inputs)) / before
+    assert lacks[2**31] < 0.9 and lacks[2**24] < 0.95, lacks

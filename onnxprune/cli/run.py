@@ -98,6 +98,7 @@ RUN_OPTIONS = [
         "--ep", multiple=True, default=("cpu",), metavar="NAME", help="Execution providers to benchmark on; repeatable."
     ),
     click.option("--threads", type=int, metavar="N", help="Threads of onnxruntime and of training."),
+    click.option("--memory", type=int, metavar="MB", help="What repair may hold beside the models.  [default: 2048]"),
     click.option("--seed", type=int, default=0, metavar="N", help="Decides everything random."),
     click.option(
         "--run-dir", type=click.Path(path_type=Path), help="Where the run keeps its files.  [default: OUTPUT.onnxprune]"
