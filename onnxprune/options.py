@@ -21,6 +21,7 @@ class RunOptions:
 
     Targets are shares that may remain (0.5 = half); `max_drop` is in points of the metric; `round_to` None is
     automatic, `rounds`, `epochs` and `lr` None are chosen by the run; `prior` is a file that `sensitivity` wrote.
+    `minutes` end the fine-tuning of all rounds together, `sparsify` is epochs before each cut in which what goes fades.
     `memory` bounds, in MB, what repair holds beside models and runtime; None is 2048.
     Raises `UsageError` for values out of range.
     """
@@ -31,6 +32,8 @@ class RunOptions:
     max_drop: float | None = None
     rounds: int | None = None
     epochs: int | None = None
+    minutes: float | None = None
+    sparsify: int = 0
     lr: float | None = None
     criterion: str = "l2"
     scope: Scope = "global"
@@ -63,8 +66,13 @@ class RunOptions:
         for name in ("rounds", "round_to", "threads", "batch", "memory"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {number}: give 1 or more")
-        if self.epochs is not None and self.epochs < 0:
-            raise UsageError(f"--epochs {self.epochs}: give 0 or more")
+        for name in ("epochs", "sparsify"):
+            if (number := getattr(self, name)) is not None and number < 0:
+                raise UsageError(f"--{name} {number}: give 0 or more")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UsageError(f"--minutes {self.minutes:g}: give more than 0")
+        if self.minutes is not None and self.epochs == 0:
+            raise UsageError("--minutes are for fine-tuning, which --epochs 0 turns off: give one of them")
         if self.initial_tau not in INITIAL:
             raise UsageError(f"--initial-tau {self.initial_tau}: no such rule; known: {', '.join(INITIAL)}")
         if not 0 <= self.alpha < 1:

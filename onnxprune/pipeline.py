@@ -58,13 +58,14 @@ from onnxprune.threshold import (
 )
 from onnxprune.training import TrainingOptions, fine_tune, install_runtime
 from onnxprune.training.client import choose_augmentation
-from onnxprune.units import Units, chosen_units, find_units, prunable
+from onnxprune.units import Units, chosen_units, fading_parts, find_units, granularity_for, prunable
 from onnxprune.verify import check_cut
 from onnxprune.workspace import configuration, open_workspace
 
 HELD_BACK = 0.2  # of the data, for decisions, when no evaluation data is given
 PROBE_SAMPLES = 1024
 STEPS_A_ROUND = 1000  # fine-tuning steps that epochs are chosen for when they aren't given
+ENDLESS = 10_000  # epochs, where time decides
 WITHOUT_DATA = 0.75  # share of the MACs to keep when nothing can be measured
 ROUNDS = 4  # when not given, for runs that an allowed drop alone ends
 
@@ -193,12 +194,20 @@ class Run:
             return 0
         if self.options.epochs is not None:
             return self.options.epochs
+        if self.options.minutes is not None:
+            return ENDLESS
         return int(np.clip(round(STEPS_A_ROUND * self.options.batch / len(self.train)), 2, 60))
+
+    @cached_property
+    def seconds(self) -> float | None:
+        """Seconds of fine-tuning in each round, where the user gave a time for all of them."""
+        rounds = self.options.rounds or (1 if self.targets else ROUNDS)
+        return None if self.options.minutes is None else 60 * self.options.minutes / rounds
 
     @cached_property
     def augmentation(self) -> dict[str, Any]:
         """The image augmentations that the uncut model itself is indifferent to."""
-        if self.train is None or not self.epochs:
+        if self.train is None or not (self.epochs or self.options.sparsify):
             return {}
         return choose_augmentation(self.baseline, self.train, self.options.threads)
 
@@ -235,7 +244,7 @@ class Run:
         """Runs all rounds, finalises, benchmarks and reports."""
         started = time.monotonic()
         state, records, failure = self._without_layers(), list[Record](), None
-        if self.epochs:
+        if self.epochs or self.options.sparsify:
             install_runtime(say=self.listener.note)  # before any work: it may not exist for this platform
         self.listener.stage("measuring the uncut model")
         try:
@@ -419,7 +428,8 @@ class Run:
             save_model(candidate.model, folder / "candidate.onnx")
             write_json(folder / "plan.json", candidate.plan.to_json(sha256(self.folder / "baseline.onnx")))
             write_json(done, record)  # last: its presence says that the round is complete
-        shutil.rmtree(folder / "tune", ignore_errors=True)
+        for each in ("tune", "sparsify"):
+            shutil.rmtree(folder / each, ignore_errors=True)
         record = json.loads(done.read_text())
         self.listener.note(
             f"round {number}: {100 * record['macs_share']:.0f} % of the MACs left, {self.judge.metric.name} "
@@ -436,13 +446,16 @@ class Run:
         alive = survivors(units, scores, proposal["tau"], Rounding(proposal["round_to"]))
         costs = costs_of(units, alive)
         self.listener.stage(f"round {number}: cutting")
+        if self.options.sparsify:
+            state = self._sparsified(number, folder, state, units, alive)
+            units = find_units(analyse(state.model, granularity_for(self.options.granularity, self.options.kinds)))
         model, step = cut(units, alive)
         check_cut(state.model, model, step)
         self._repair(model, state, step, partial(self.listener.progress, f"round {number}: repairing"), self.note)
         repaired = verdict = self.judge.measure(model)
         if self.epochs:
             tuned = model.clone()
-            self._tune(number, folder, tuned)
+            self._tune(number, folder / "tune", tuned, self.epochs, self.seconds)
             if self.train is not None:
                 reestimate_batch_norm(tuned, self.train, self.options.threads)
             after = self.judge.measure(tuned)
@@ -469,10 +482,28 @@ class Run:
         }
         return record, State(model, state.plan.then(step))
 
-    def _tune(self, number: int, folder: Path, model: ir.Model) -> None:
+    def _sparsified(self, number: int, folder: Path, state: State, units: Units, alive: Alive) -> State:
+        """The same model, fine-tuned while what is about to be cut fades."""
+        model = state.model.clone()
+        self._tune(number, folder / "sparsify", model, self.options.sparsify, None, fading_parts(units, alive))
+        if self.train is not None:
+            reestimate_batch_norm(model, self.train, self.options.threads)
+        return State(model, state.plan, tuned=True)
+
+    def _tune(
+        self,
+        number: int,
+        folder: Path,
+        model: ir.Model,
+        epochs: int,
+        seconds: float | None,
+        fading: dict[str, NDArray[np.bool_]] | None = None,
+    ) -> None:
         assert self.train is not None
+        what = f"round {number}: {'making sparse' if fading else 'fine-tuning'}"
         options = TrainingOptions(
-            epochs=self.epochs,
+            epochs=epochs,
+            seconds=seconds,
             lr=self.options.lr or default_rate(model),
             batch=self.options.batch,
             distillation=self.options.distillation,
@@ -485,11 +516,12 @@ class Run:
                 self.listener.note(event["message"])
                 return
             accuracy = f", accuracy {100 * event['accuracy']:.0f} %" if event["accuracy"] is not None else ""
-            where = f"round {number}: fine-tuning, epoch {event['epoch']}/{self.epochs}"
-            self.listener.progress(f"{where}, loss {event['loss']:.3f}{accuracy}", event["step"], event["total"])
+            where = f"{what}, epoch {event['epoch']}" + ("" if seconds else f"/{epochs}")
+            done, whole = (event["step"], event["total"]) if not seconds else (round(1000 * event["progress"]), 1000)
+            self.listener.progress(f"{where}, loss {event['loss']:.3f}{accuracy}", done, whole)
 
-        self.listener.stage(f"round {number}: preparing fine-tuning")
-        fine_tune(model, self.baseline, self.train, folder / "tune", options, self.augmentation, show)
+        self.listener.stage(f"{what}, preparing")
+        fine_tune(model, self.baseline, self.train, folder, options, self.augmentation, show, fading)
 
     def _repair(
         self,

@@ -216,6 +216,17 @@ def prunable(
     return units
 
 
+def fading_parts(units: Units, alive: NDArray[np.bool_]) -> dict[str, NDArray[np.bool_]]:
+    """What a cut takes of each parameter: boolean arrays of the parameters' shapes, by name."""
+    found: dict[str, NDArray[np.bool_]] = {}
+    for value, axis, vector in units.parameters:
+        if value.const_value is not None and not alive[vector].all():
+            shape = tuple(int(dim) for dim in value.const_value.shape.numpy())
+            gone = ~alive[vector].reshape([-1 if at == axis else 1 for at in range(len(shape))])
+            found[value.name or ""] = found.get(value.name or "", np.zeros(shape, bool)) | gone
+    return found
+
+
 QUANTISED = {"DequantizeLinear": (0,), "MatMulInteger": (0, 1), "ConvInteger": (0, 1), "MatMulNBits": (1,)}
 
 

@@ -14,9 +14,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxprune.cut import cut
 from onnxprune.data import Dataset, load_data
 from onnxprune.errors import TrainingError
-from onnxprune.evaluate import predict, relative_difference, run_model
+from onnxprune.evaluate import log_probabilities, predict, relative_difference, run_model
+from onnxprune.labels import analyse
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
 from onnxprune.training import TrainingOptions, fine_tune, runtime
@@ -24,8 +26,9 @@ from onnxprune.training.client import choose_augmentation
 from onnxprune.training.forward import teacher_graph, trainable, training_graph
 from onnxprune.training.losses import plan_loss
 from onnxprune.training.worker import AdamW, augment, learning_rate
+from onnxprune.units import fading_parts, find_units
 from tests.conftest import MODELS, needs_training
-from tests.graphs import graph
+from tests.graphs import graph, random_cut
 
 NAMES = ["digits_resnet", "digits_mlp", "digits_vit", "digits_gru"]
 
@@ -48,6 +51,12 @@ def damaged(model: ir.Model) -> ir.Model:
             noise = 0.5 * array.std() * rng.standard_normal(array.shape)
             value.const_value = ir.tensor((array + noise).astype(np.float32), name=name)
     return result
+
+
+def cross_entropy(model: ir.Model, data: Dataset) -> float:
+    assert data.labels is not None
+    rows = log_probabilities(predict(model, data)[0].astype(np.float64))
+    return float(-rows[np.arange(len(rows)), data.labels].mean())
 
 
 def loss_of(model: ir.Model, teacher: ir.Model, data: Dataset) -> float:
@@ -111,8 +120,8 @@ def test_adamw_follows_its_algorithm() -> None:
 
 
 def test_the_schedule_warms_up_and_falls() -> None:
-    rates = [learning_rate(step, 100, 1.0) for step in range(100)]
-    assert rates[0] == 0.2 and max(rates) == 1.0 == rates[5] and rates[-1] < 0.02
+    rates = [learning_rate(step / 100, 1.0) for step in range(100)]
+    assert 0 < rates[0] < 0.11 and max(rates) == 1.0 == rates[5] and rates[-1] < 0.02
     assert all(a <= b for a, b in itertools.pairwise(rates[:5]))
     assert all(a >= b for a, b in itertools.pairwise(rates[5:]))
 
@@ -186,6 +195,53 @@ def test_results_are_equal_to_the_bit_whatever_the_threads_and_after_a_kill(tmp_
         results.append(numbers(student))
     for other in results[1:]:
         assert all((other[name] == array).all() for name, array in results[0].items())
+
+
+@needs_training
+def test_the_best_epoch_comes_back(tmp_path: Path) -> None:
+    """Labels that only fit by heart: the longer it trains, the worse it does on what is held out."""
+    model = load("digits_mlp")
+    data = digits(model, 1000)
+    data = Dataset(data.inputs, np.random.default_rng(0).permutation(data.labels))
+    losses: list[float] = []
+    for name, epochs in (("short", 1), ("long", 30)):
+        student = model.clone()
+        fine_tune(
+            student, model, data, tmp_path / name, TrainingOptions(epochs=epochs, batch=32, lr=3e-3, distillation=0.0)
+        )
+        order = np.random.default_rng(0).permutation(len(data))
+        held = data.take(np.sort(order[: json.loads((tmp_path / name / "job.json").read_text())["held"]]))
+        losses.append(cross_entropy(student, held))
+    assert losses[1] < 1.2 * losses[0], losses
+
+
+@needs_training
+def test_training_ends_when_its_time_is_spent(tmp_path: Path) -> None:
+    model = load("digits_resnet")
+    seen: list[float] = []
+    options = TrainingOptions(epochs=10_000, seconds=4.0)
+    started = time.monotonic()
+    fine_tune(
+        damaged(model), model, digits(model), tmp_path, options, progress=lambda e: seen.append(e.get("progress", 0))
+    )
+    assert time.monotonic() - started < 30 and 0.8 < max(seen) <= 1.0
+
+
+@needs_training
+def test_what_fades_is_almost_gone_and_hardly_missed(tmp_path: Path) -> None:
+    model = load("digits_mlp")
+    units = find_units(analyse(model))
+    alive = random_cut(units, np.random.default_rng(0), 0.5)
+    fading = fading_parts(units, alive)
+    student = model.clone()
+    fine_tune(student, model, digits(model), tmp_path, TrainingOptions(epochs=4), fading=fading)
+    for name, where in fading.items():
+        before, after = (each.graph.initializers[name].const_value.numpy() for each in (model, student))  # type: ignore[union-attr]
+        if before.ndim > 1:
+            assert np.linalg.norm(after[where]) < 0.15 * np.linalg.norm(before[where])
+    pruned, _ = cut(find_units(analyse(student)), alive)
+    inputs = digits(model).inputs
+    assert relative_difference(run_model(student, inputs), run_model(pruned, inputs)) < 0.1
 
 
 @needs_training

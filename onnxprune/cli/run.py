@@ -49,6 +49,12 @@ RUN_OPTIONS = [
         "--epochs", type=int, metavar="N", help="Epochs of fine-tuning in each round.  [default: about 1,000 steps]"
     ),
     click.option(
+        "--minutes", type=float, metavar="M", help="Time for fine-tuning, all rounds together; results then vary."
+    ),
+    click.option(
+        "--sparsify", type=int, default=0, metavar="N", help="Epochs before each cut in which what will go fades."
+    ),
+    click.option(
         "--lr", type=float, metavar="F", help="Peak learning rate of AdamW.  [default: by the kind of network]"
     ),
     click.option(

@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+WARM = 0.05  # of the training
+FADED = 0.01  # what is left of weights that fade
 MAX_BAD_STEPS = 20  # steps with a loss that isn't finite before giving up
 
 
@@ -107,12 +109,11 @@ class AdamW:
             w -= np.float32(rate / one) * m / (np.sqrt(v / np.float32(two)) + np.float32(EPSILON))
 
 
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """Linear warm-up over the first twentieth, then a cosine to a hundredth of the peak."""
-    warm = max(1, total // 20)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))))
+def learning_rate(progress: float, peak: float) -> float:
+    """Linear warm-up over the first twentieth, then a cosine to a hundredth of the peak; `progress` is in [0, 1)."""
+    if progress < WARM:
+        return peak * max(progress, 0.1 * WARM) / WARM
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - WARM) / (1 - WARM))))
 
 
 def augment(batch: Array, flip: bool, shift: int, layout: str, rng: np.random.Generator) -> Array:
@@ -155,6 +156,8 @@ class Trainer:
         self.data = {name: np.load(path, mmap_mode="r") for name, path in self.job["inputs"].items()}
         self.labels = np.load(self.job["labels"], mmap_mode="r") if self.job["labels"] else None
         self.optimizer = AdamW(self.weights, self.job["weight_decay"])
+        self.fading = dict(np.load(self.job["fading"])) if self.job["fading"] else {}
+        self.best, self.lowest, self.spent = dict[str, Array](), math.inf, 0.0
         self.pool = ThreadPoolExecutor(self.job["threads"])
         self.bad_steps = 0
         self.parent = os.getppid()
@@ -164,25 +167,50 @@ class Trainer:
         return onnxruntime.InferenceSession(model, options(onnxruntime), providers=["CPUExecutionProvider"])
 
     def run(self) -> None:
-        """Trains from the last checkpoint to the end."""
-        samples = len(next(iter(self.data.values())))
-        size = min(self.job["batch"], samples)
-        per_epoch = samples // size
+        """Trains from the last checkpoint to the end, of the epochs or of the time.
+
+        The result are the weights after the epoch of the lowest loss on samples that were held out.
+        """
+        order = np.random.default_rng(self.job["seed"]).permutation(len(next(iter(self.data.values()))))
+        held, samples = np.sort(order[: self.job["held"]]), order[self.job["held"] :]
+        size = min(self.job["batch"], len(samples))
+        per_epoch = len(samples) // size
         total, start = per_epoch * self.job["epochs"], self._restore()
-        saved = time.monotonic()
+        began = saved = time.monotonic()
+        before = self.spent
         for step in range(start, total):
             epoch, index = divmod(step, per_epoch)
-            order = np.random.default_rng([self.job["seed"], epoch]).permutation(samples)
-            chosen = np.sort(order[index * size : (index + 1) * size])
-            loss, accuracy = self._step(chosen, np.random.default_rng([self.job["seed"], epoch, index]), step, total)
+            shuffled = np.random.default_rng([self.job["seed"], epoch]).permutation(samples)
+            chosen = np.sort(shuffled[index * size : (index + 1) * size])
+            self.spent = before + time.monotonic() - began
+            progress = max(step / total, self.spent / self.job["seconds"] if self.job["seconds"] else 0.0)
+            if progress >= 1:
+                self._compare(held)
+                break
+            random = np.random.default_rng([self.job["seed"], epoch, index])
+            loss, accuracy = self._step(self._batch(chosen, random), len(chosen), progress, step)
             if os.getppid() != self.parent:
                 sys.exit(1)  # the run is gone; it resumes from the last checkpoint
-            say(event="step", step=step + 1, total=total, epoch=epoch + 1, loss=loss, accuracy=accuracy)
+            if index + 1 == per_epoch:
+                self._compare(held)
+            say(
+                event="step", step=step + 1, total=total, epoch=epoch + 1, progress=max(progress, (step + 1) / total),
+                loss=loss, accuracy=accuracy,
+            )  # fmt: skip
             if time.monotonic() - saved > self.job["checkpoint_seconds"] or step + 1 == total:
                 self._save(step + 1)
                 saved = time.monotonic()
-        write_arrays(self.folder / "result.npz", self.weights)
+        write_arrays(self.folder / "result.npz", self.best)
         say(event="done")
+
+    def _compare(self, held: Array) -> None:
+        """Remembers the weights if their loss on samples that were held out is the lowest so far."""
+        size, losses = self.job["batch"], []
+        for rows in (held[i : i + size] for i in range(0, len(held), size)):
+            losses.append(self._gradients(self._batch(rows, None), len(rows))[0])
+        loss = float(np.mean(losses)) if losses else -math.inf  # the last ones, when nothing is held out
+        if not self.best or loss <= self.lowest:
+            self.best, self.lowest = {name: array.copy() for name, array in self.weights.items()}, loss
 
     def measure(self) -> None:
         """The mean and the mean square of each parameter's gradient over batches; nothing is trained."""
@@ -192,7 +220,7 @@ class Trainer:
         count = samples // size
         for step in range(count):
             chosen = np.arange(step * size, (step + 1) * size)
-            _, _, gradients = self._gradients(self._batch(chosen, np.random.default_rng(0)), len(chosen))
+            _, _, gradients = self._gradients(self._batch(chosen, None), len(chosen))
             for name, gradient in gradients.items():
                 moments[name] += np.stack([gradient, np.square(gradient)]) / np.float32(count)
             say(event="step", step=step + 1, total=count)
@@ -223,9 +251,8 @@ class Trainer:
         }
         return loss, [result[1] for result in results if len(result) > 1], gradients
 
-    def _step(self, chosen: Array, rng: np.random.Generator, step: int, total: int) -> tuple[float, float | None]:
-        feeds = self._batch(chosen, rng)
-        loss, scores, gradients = self._gradients(feeds, len(chosen))
+    def _step(self, feeds: dict[str, Array], size: int, progress: float, step: int) -> tuple[float, float | None]:
+        loss, scores, gradients = self._gradients(feeds, size)
         norm = math.sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in gradients.values()))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.bad_steps += 1
@@ -233,14 +260,18 @@ class Trainer:
                 raise FloatingPointError(f"the loss was not finite in {self.bad_steps} steps; lower --lr")
             return loss, None
         scale = np.float32(min(1.0, self.job["clip"] / max(norm, 1e-12)))
-        self.optimizer.step(
-            {name: g * scale for name, g in gradients.items()}, learning_rate(step, total, self.job["lr"])
-        )
+        rate = learning_rate(progress, self.job["lr"])
+        self.optimizer.step({name: g * scale for name, g in gradients.items()}, rate)
+        if progress > 0:
+            left = np.float32(FADED ** (2 * progress * progress / max(step, 1)))  # the product of all is FADED
+            for name, where in self.fading.items():
+                self.weights[name][where] *= left
         return loss, self._accuracy(feeds, scores)
 
-    def _batch(self, chosen: Array, rng: np.random.Generator) -> dict[str, Array]:
+    def _batch(self, chosen: Array, rng: np.random.Generator | None) -> dict[str, Array]:
+        """The inputs and labels of these samples, augmented where there is randomness for it."""
         feeds = {name: np.asarray(array[chosen]) for name, array in self.data.items()}
-        if self.job["flip"] or self.job["shift"]:
+        if rng is not None and (self.job["flip"] or self.job["shift"]):
             name = next(iter(feeds))
             feeds[name] = augment(feeds[name], self.job["flip"], self.job["shift"], self.job["layout"], rng)
         if self.labels is not None:
@@ -257,8 +288,10 @@ class Trainer:
         state = {f"w:{name}": array for name, array in self.weights.items()}
         state |= {f"m:{name}": array for name, array in self.optimizer.first.items()}
         state |= {f"v:{name}": array for name, array in self.optimizer.second.items()}
+        state |= {f"b:{name}": array for name, array in self.best.items()}
         counts = np.array([step, self.optimizer.step_count, self.bad_steps])
-        write_arrays(self.folder / "checkpoint.npz", {**state, "counts": counts})
+        measures = np.array([self.lowest, self.spent])
+        write_arrays(self.folder / "checkpoint.npz", {**state, "counts": counts, "measures": measures})
 
     def _restore(self) -> int:
         path = self.folder / "checkpoint.npz"
@@ -269,7 +302,9 @@ class Trainer:
                 self.weights[name][...] = state[f"w:{name}"]
                 self.optimizer.first[name][...] = state[f"m:{name}"]
                 self.optimizer.second[name][...] = state[f"v:{name}"]
+            self.best = {name: state[f"b:{name}"] for name in self.weights if f"b:{name}" in state}
             step, self.optimizer.step_count, self.bad_steps = (int(x) for x in state["counts"])
+            self.lowest, self.spent = (float(x) for x in state["measures"])
         return step
 
 
