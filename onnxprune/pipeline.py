@@ -30,7 +30,7 @@ from onnxprune.evaluate import find_metric
 from onnxprune.files import check_writable, memoised, sha256, write_json
 from onnxprune.finalise import finalise
 from onnxprune.gradients import GRADIENT_CRITERIA
-from onnxprune.judge import Judge
+from onnxprune.judge import Judge, Verdict
 from onnxprune.labels import analyse
 from onnxprune.layers import Layer, choose_layers, drop_layers, free_layers, influence_scores, weight_scores
 from onnxprune.lineup import line_up
@@ -62,7 +62,7 @@ from onnxprune.units import Units, chosen_units, fading_parts, find_units, granu
 from onnxprune.verify import check_cut
 from onnxprune.workspace import configuration, open_workspace
 
-HELD_BACK = 0.2  # of the data, for decisions, when no evaluation data is given
+HELD_BACK, MOST_HELD = 0.2, 5000  # share and number of samples for decisions, when no evaluation data is given
 PROBE_SAMPLES = 1024
 STEPS_A_ROUND = 1000  # fine-tuning steps that epochs are chosen for when they aren't given
 ENDLESS = 10_000  # epochs, where time decides
@@ -123,7 +123,8 @@ def run(
         save_model(baseline, folder / "baseline.onnx")
     for note in notes:
         listener.note(note)
-    return Run(source, target, folder, baseline, moved, units, train, judge, options, listener, notes).execute()
+    apart = eval_data is not None
+    return Run(source, target, folder, baseline, moved, units, train, judge, apart, options, listener, notes).execute()
 
 
 def _load(
@@ -145,8 +146,11 @@ def _load(
             raise UsageError("--criterion auto tries criteria on data: give --data, or name one")
         notes.append("no data: pruned by weights alone; accuracy was not measured, fidelity is on random inputs")
         return None, random_dataset(model, 64, options.seed)
-    train, evaluation = train.split(HELD_BACK, options.seed)
-    notes.append(f"no --eval-data: {len(evaluation)} samples of --data are held back from training for decisions")
+    train, evaluation = train.split(min(HELD_BACK, MOST_HELD / max(len(train), 1)), options.seed)
+    notes.append(
+        f"no --eval-data: {len(evaluation)} samples of --data are held back from training for decisions; if the model "
+        "was trained on them, it remembers them, and drops look larger than they are on new data"
+    )
     return train, evaluation
 
 
@@ -171,6 +175,7 @@ class Run:
     units: Units
     train: Dataset | None
     judge: Judge
+    apart: bool  # whether the data that decides was given as such
     options: RunOptions
     listener: Listener
     notes: list[str]
@@ -459,7 +464,7 @@ class Run:
             if self.train is not None:
                 reestimate_batch_norm(tuned, self.train, self.options.threads)
             after = self.judge.measure(tuned)
-            if (after.drop, after.loss) <= (repaired.drop, repaired.loss):
+            if self._better(after, repaired):
                 model, verdict = tuned, after
             else:
                 self.note(f"round {number}: fine-tuning lost {after.drop - repaired.drop:.2f} points and was undone")
@@ -481,6 +486,16 @@ class Run:
             "seconds": time.monotonic() - started,
         }
         return record, State(model, state.plan.then(step))
+
+    def _better(self, tuned: Verdict, repaired: Verdict) -> bool:
+        """Whether fine-tuning is kept.
+
+        What was held back from `--data` may have been learned by heart by the uncut model, and what is left of that in
+        the repaired one counts for it there and nowhere else: then fine-tuning is undone only if it costs the round.
+        """
+        if self.apart:
+            return (tuned.drop, tuned.loss) <= (repaired.drop, repaired.loss)
+        return self.allowed is None or tuned.drop <= self.allowed or repaired.drop > self.allowed
 
     def _sparsified(self, number: int, folder: Path, state: State, units: Units, alive: Alive) -> State:
         """The same model, fine-tuned while what is about to be cut fades."""

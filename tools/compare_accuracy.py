@@ -5,9 +5,9 @@
 PYTHON is an interpreter with torch, torch-pruning 1.6, onnx2torch and onnxscript. For each share of the MACs and seed,
 both cut the file: onnxprune as its `run` does, calibrated on SAMPLES images drawn from TRAIN by the seed; Torch-Pruning
 by group L2 over all layers, batch normalisation re-estimated on the same images. With --epochs both are trained on
-TRAIN with AdamW and the same schedule (onnxprune with its default loss, which distils). 1,000 images of
-TRAIN are held back for decisions; what is written is accuracy on TEST in onnxruntime: JSON, a table, and a plot where
-matplotlib is installed.
+TRAIN with AdamW and the same schedule (onnxprune with its default loss, which distils, and without what it holds back
+of TRAIN for decisions). What is written is accuracy on TEST in onnxruntime: JSON, a table, and a plot where matplotlib
+is installed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from onnxprune.pipeline import default_rate
 from onnxprune.training.client import choose_augmentation
 from onnxprune.units import find_units
 
-HELD = 1000
 PEER = Path(__file__).with_name("peer_torch_pruning.py")
 
 
@@ -56,11 +55,6 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All cuts of both tools."""
     model = normalise(open_model(given.model))
     train, test = (as_dataset(source, model, ImageOptions()) for source in (given.train, given.test))
-    order = np.random.default_rng(1234).permutation(len(train))
-    held, train = (
-        train.take(order[: min(HELD, len(train) // 5)]),
-        train.take(np.sort(order[min(HELD, len(train) // 5) :])),
-    )
     uncut, whole = measure(Path(given.model), test)
     print(f"uncut: {uncut:.2f} on {len(test)} test images")
     augmentation = choose_augmentation(model, train, None) if given.epochs else {}
@@ -86,7 +80,7 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     criterion=given.criterion, threads=given.threads, lr=given.lr,
                 )  # fmt: skip
                 path = out.with_name(f"{out.name}{epochs}.onnx")
-                onnxprune.run(given.model, arrays(data), output=path, eval_data=arrays(held), options=options)
+                onnxprune.run(given.model, arrays(data), output=path, options=options)
                 note(share, name, path)
             if given.peer_python:
                 job = {
