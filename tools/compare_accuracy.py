@@ -80,7 +80,8 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     criterion=given.criterion, threads=given.threads, lr=given.lr,
                 )  # fmt: skip
                 path = out.with_name(f"{out.name}{epochs}.onnx")
-                onnxprune.run(given.model, arrays(data), output=path, options=options)
+                held = None if epochs else arrays(few)  # all of the few are for calibration
+                onnxprune.run(given.model, arrays(data), output=path, eval_data=held, options=options)
                 note(share, name, path)
             if given.peer_python:
                 job = {

@@ -33,7 +33,7 @@ RUN_OPTIONS = [
     ),
     click.option("--data", help="Calibration and training data: .npz, folder of images, or module:function."),
     click.option(
-        "--eval-data", help="Data to measure on; without it a fifth of --data is held back, or 5,000 samples."
+        "--eval-data", help="Data to measure on; without it up to 5,000 samples of --data are held back."
     ),
     click.option("--target-macs", type=float, metavar="F", help="Share of the MACs that may remain, such as 0.5."),
     click.option("--target-params", type=float, metavar="F", help="Share of the parameters that may remain."),
