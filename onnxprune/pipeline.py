@@ -45,6 +45,7 @@ from onnxprune.report import Report, Side, latency_sides, versions, widths
 from onnxprune.score import CRITERIA, Origin, normalise_scores, origin_of, score_units
 from onnxprune.select import Rounding, bounded, survivors, tau_for
 from onnxprune.sensitivity import load_sensitivity
+from onnxprune.synthesise import synthetic_dataset
 from onnxprune.threshold import (
     EVALUATIONS,
     LEAST_GAIN,
@@ -58,6 +59,7 @@ from onnxprune.threshold import (
 )
 from onnxprune.training import TrainingOptions, fine_tune, install_runtime
 from onnxprune.training.client import choose_augmentation
+from onnxprune.training.worker import write_arrays
 from onnxprune.units import Units, chosen_units, fading_parts, find_units, granularity_for, prunable
 from onnxprune.verify import check_cut
 from onnxprune.workspace import configuration, open_workspace
@@ -115,16 +117,20 @@ def run(
     units = prunable(baseline, str(source), options.granularity, options.kinds, options.protect)
     moved = line_up(units, options.criterion if options.criterion in CRITERIA else LINED_UP_BY, options.seed)
     train, evaluation = _load(baseline, data, eval_data, images, options, notes)
-    judge = Judge(
-        baseline, evaluation, find_metric(options.metric, evaluation), options.threads, bool(data or eval_data)
-    )
     open_workspace(folder, configuration(source, train, evaluation, options), resume)
     if not (folder / "baseline.onnx").exists():
         save_model(baseline, folder / "baseline.onnx")
+    calibration = train
+    if train is None and (made := _made_up(baseline, units, folder / "inputs.npz", options, listener, notes)):
+        calibration, evaluation = made.split(HELD_BACK, options.seed)
     for note in notes:
         listener.note(note)
+    metric = find_metric(options.metric, evaluation)
+    judge = Judge(baseline, evaluation, metric, options.threads, bool(data or eval_data))
     apart = eval_data is not None
-    return Run(source, target, folder, baseline, moved, units, train, judge, apart, options, listener, notes).execute()
+    return Run(
+        source, target, folder, baseline, moved, units, train, calibration, judge, apart, options, listener, notes
+    ).execute()
 
 
 def _load(
@@ -144,7 +150,7 @@ def _load(
             raise UsageError("--max-drop and --metric need data to measure on: give --data")
         if options.criterion == AUTO:
             raise UsageError("--criterion auto tries criteria on data: give --data, or name one")
-        notes.append("no data: pruned by weights alone; accuracy was not measured, fidelity is on random inputs")
+        notes.append("no data: scored by weights alone; accuracy was not measured")
         return None, random_dataset(model, 64, options.seed)
     train, evaluation = train.split(min(HELD_BACK, MOST_HELD / max(len(train), 1)), options.seed)
     notes.append(
@@ -152,6 +158,26 @@ def _load(
         "was trained on them, it remembers them, and drops look larger than they are on new data"
     )
     return train, evaluation
+
+
+def _made_up(
+    baseline: ir.Model, units: Units, path: Path, options: RunOptions, listener: Listener, notes: list[str]
+) -> Dataset | None:
+    """Inputs made from the model's own statistics, if it has any and training is available; they're kept in `path`."""
+    if not path.exists():
+        threads, macs = options.threads or os.cpu_count() or 1, costs_of(units)["macs"]
+        show, found = partial(listener.progress, "making inputs from batch-normalisation statistics"), None
+        try:
+            found = synthetic_dataset(baseline, macs, options.seed, threads, show)
+        except TrainingError as error:
+            notes.append(f"without data nothing was repaired: no inputs could be made: {error}")
+        write_arrays(path, found.inputs if found is not None else {})
+    with np.load(path) as arrays:
+        if not arrays.files:
+            notes.append("fidelity is on random inputs")
+            return None
+        notes.append("layers were fitted, and fidelity measured, on inputs made from batch-normalisation statistics")
+        return Dataset(dict(arrays), None)
 
 
 @dataclass(frozen=True)
@@ -174,6 +200,7 @@ class Run:
     moved: tuple[Reordering, ...]  # in the baseline, before anything was cut
     units: Units
     train: Dataset | None
+    calibration: Dataset | None  # for repair: the training data, or made up
     judge: Judge
     apart: bool  # whether the data that decides was given as such
     options: RunOptions
@@ -550,12 +577,12 @@ class Run:
 
         In the first round those before the cut are the uncut model's, in later ones those that were fine-tuned since.
         """
-        if self.train is None:
+        if self.calibration is None:
             return
         whole, plan = (state.model, step) if state.tuned else (self.baseline, state.plan.then(step))
         memory = self.options.memory and self.options.memory << 20
-        if not reconstruct(model, whole, plan, self.train, self.options.threads, progress, memory, note):
-            reestimate_batch_norm(model, self.train, self.options.threads)
+        if not reconstruct(model, whole, plan, self.calibration, self.options.threads, progress, memory, note):
+            reestimate_batch_norm(model, self.calibration, self.options.threads)
 
     def _progress(self, costs: dict[str, int]) -> float:
         """How far costs are on the way to the targets: 1 when all are met, on a logarithmic scale."""

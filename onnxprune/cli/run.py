@@ -32,9 +32,7 @@ RUN_OPTIONS = [
         "-o", "--output", type=click.Path(path_type=Path), help="The pruned model.  [default: MODEL.pruned.onnx]"
     ),
     click.option("--data", help="Calibration and training data: .npz, folder of images, or module:function."),
-    click.option(
-        "--eval-data", help="Data to measure on; without it up to 5,000 samples of --data are held back."
-    ),
+    click.option("--eval-data", help="Data to measure on; without it up to 5,000 samples of --data are held back."),
     click.option("--target-macs", type=float, metavar="F", help="Share of the MACs that may remain, such as 0.5."),
     click.option("--target-params", type=float, metavar="F", help="Share of the parameters that may remain."),
     click.option("--target-size", type=float, metavar="F", help="Share of the bytes of the weights that may remain."),
@@ -122,7 +120,7 @@ RUN_OPTIONS = [
 def run_command(model: Path, as_json: bool, **given: Any) -> int:
     """Prunes MODEL as far as the targets ask or the allowed drop permits, and fine-tunes what is left.
 
-    With only --data: as small as one point of drop allows. Without data: by weights alone, to 75 % of the MACs.
+    With only --data: as small as one point of drop allows. Without data: to 75 % of the MACs, scored by weights.
     """
     places = {name: given.pop(name) for name in ("output", "data", "eval_data", "run_dir", "resume")}
     images = image_options(given)

@@ -106,6 +106,23 @@ def gradient_moments(
     return _work(folder, runtime, options, lambda event: None)
 
 
+def minimise(
+    graph: ir.Model, names: list[str], count: int, folder: Path, options: TrainingOptions, progress: Progress
+) -> dict[str, np.ndarray[Any, Any]]:
+    """The initializers `names` of a graph, changed so that its first output, the loss, falls; by name.
+
+    The graph's only input is given the numbers from 0 to `count`, shard by shard, in int64: it can look things up by
+    them. Raises `TrainingError` as `fine_tune` does.
+    """
+    runtime = install_runtime(say=lambda line: progress({"event": "note", "message": line}))
+    folder.mkdir(parents=True)
+    save_model(graph, folder / "forward.onnx")
+    name = graph.graph.inputs[0].name or ""
+    inputs = {name: str(_array_file(folder, "input0", np.arange(count)))}
+    _write_job(folder, options, {"trainable": names, "inputs": inputs, "batch": count})
+    return _work(folder, runtime, options, progress)
+
+
 def _work(folder: Path, runtime: Path, options: TrainingOptions, progress: Progress) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays that a job's worker leaves, which is started again where it dies."""
     for attempt in range(RESTARTS + 1):
@@ -148,7 +165,6 @@ def _prepare(
     if fading:
         np.savez(folder / "fading.npz", **{name: where for name, where in fading.items() if name in names})  # type: ignore[arg-type]
     job = {
-        "task": "tune",
         "trainable": names,
         "inputs": inputs,
         "labels": labels,
@@ -157,10 +173,23 @@ def _prepare(
         "batch": batch,
         "held": min(HELD_OUT, len(data) // 10) // batch * batch,
         "fading": str((folder / "fading.npz").resolve()) if fading else None,
+        **augmentation,
+    }
+    _write_job(folder, options, job)
+
+
+def _write_job(folder: Path, options: TrainingOptions, given: dict[str, Any]) -> None:
+    """What the worker reads; its presence says that the folder is complete."""
+    job = {
+        "task": "tune",
+        "labels": None,
+        "distil": False,
+        "shard": SHARD,
+        "held": 0,
+        "fading": None,
         "flip": False,
         "shift": 0,
         "layout": "nchw",
-        **augmentation,
         **{
             name: getattr(options, name)
             for name in (
@@ -168,8 +197,9 @@ def _prepare(
                 "memory_limit",
             )
         },
+        **given,
     }  # fmt: skip
-    write_json(folder / "job.json", job)  # last: its presence says that the job is complete
+    write_json(folder / "job.json", job)
 
 
 def _array_file(folder: Path, name: str, array: np.ndarray[Any, Any]) -> Path:

@@ -39,13 +39,18 @@ def training_graph(model: ir.Model, loss: LossPlan, label_rank: int) -> ir.Model
             dims = [dim if dim is not None else f"{name}.{axis}" for axis, dim in enumerate(shape)]
             values[name].shape, values[name].type = ir.Shape(dims), ir.TensorType(ir.DataType.FLOAT)
     add_loss(graph, loss, label_rank)
+    lower_all(graph, shapes)
+    return graph
+
+
+def lower_all(graph: ir.Model, shapes: Shapes) -> None:
+    """Rewrites, in place, what has no gradient. Raises `TrainingError` for what can't be."""
     common.RemoveUnusedNodesPass()(graph)  # before lowering: it would take away outputs that gradients need
     lowerer = Lowerer(graph, shapes)
     for node in list(graph.graph):
         if (lowering := LOWERINGS.get(node.op_type)) is not None and node.domain == "":
             lowering(lowerer, node)
     graph.ir_version = min(graph.ir_version, NEWEST_IR)
-    return graph
 
 
 def teacher_graph(model: ir.Model, loss: LossPlan) -> ir.Model:

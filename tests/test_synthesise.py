@@ -1,0 +1,85 @@
+"""Calibration inputs from nothing but the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxprune.cost import Cost
+from onnxprune.cut import cut
+from onnxprune.data import as_dataset, random_dataset
+from onnxprune.evaluate import find_metric, predict
+from onnxprune.model import open_model
+from onnxprune.normalise import normalise
+from onnxprune.reconstruct import reconstruct
+from onnxprune.synthesise import synthetic_dataset
+from onnxprune.units import prunable
+from tests.conftest import MODELS, call, needs_training
+from tests.graphs import graph, random_cut
+
+NORM = "float[4] s, float[4] b, float[4] m, float[4] v"
+
+
+@needs_training
+def test_what_is_made_repairs_a_cut_and_noise_does_not() -> None:
+    model = normalise(open_model(MODELS / "digits_resnet.onnx"))
+    units = prunable(model, "digits_resnet")
+    test = as_dataset(str(MODELS / "digits_test.npz"), model, None)
+    macs = Cost(units).macs(np.ones(units.count, bool))
+    made = synthetic_dataset(model, macs, 0, 2)
+    assert made is not None and made.labels is None and len(made) == 256
+    alive, top1 = random_cut(units, np.random.default_rng(0), 0.5), []
+    for data in (None, random_dataset(model, 256, 0), made):
+        pruned, plan = cut(units, alive)
+        if data is not None:
+            reconstruct(pruned, model, plan, data)
+        top1.append(find_metric("top1", test).compute(predict(pruned, test), test.labels, []))
+    assert top1[2] > top1[0] + 20 and top1[2] > top1[1] + 5, top1
+
+
+@needs_training
+@pytest.mark.parametrize("opset", [17, 18])
+def test_statistics_are_matched(opset: int) -> None:
+    """One normalisation of the input itself: what is made has its mean and variance."""
+    text = f"""(float[N,4,5,5] x, {NORM}, float[3,4,1,1] w) => (float[N,3,5,5] y)
+    {{ n = BatchNormalization(x, s, b, m, v) y = Conv(n, w) }}"""
+    model = graph(text, opset=opset)
+    wanted = {"m": np.array([-2.0, 0.0, 1.0, 3.0], np.float32), "v": np.array([0.5, 1.0, 2.0, 4.0], np.float32)}
+    for name, array in wanted.items():
+        model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    made = synthetic_dataset(model, 1000, 0, 2)
+    assert made is not None
+    x = made.inputs["x"]
+    np.testing.assert_allclose(x.mean((0, 2, 3)), wanted["m"], atol=0.25)
+    np.testing.assert_allclose(x.var((0, 2, 3)), wanted["v"], rtol=0.25)
+    again = synthetic_dataset(model, 1000, 0, 2)
+    assert again is not None and (again.inputs["x"] == x).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(float[N,6] x, float[6,5] w) => (float[N,5] y) { y = MatMul(x, w) }",
+        f"(float[2,4,5,5] x, {NORM}) => (float[2,4,5,5] y) {{ y = BatchNormalization(x, s, b, m, v) }}",
+        f"""(float[2,4,5,5] x, float[2,4,5,5] z, {NORM}) => (float[2,4,5,5] y)
+        {{ a = Add(x, z) y = BatchNormalization(a, s, b, m, v) }}""",
+    ],
+)
+def test_models_that_do_not_tell(text: str) -> None:
+    assert synthetic_dataset(graph(text), 1000, 0, 1) is None
+
+
+@needs_training
+def test_a_run_without_data_repairs(tmp_path: Path) -> None:
+    run = ("run", MODELS / "digits_resnet.onnx", "-o", "o.onnx", "--target-macs", 0.5, "--json")
+    result = call(*run, cwd=tmp_path)
+    assert result.status == 0, result.err
+    assert any("batch-normalisation" in note for note in result.json["notes"])
+    test = as_dataset(str(MODELS / "digits_test.npz"), model := open_model(tmp_path / "o.onnx"), None)
+    assert find_metric("top1", test).compute(predict(model, test), test.labels, []) > 85
+    first = (tmp_path / "o.onnx").read_bytes()
+    assert call(*run, "--resume", cwd=tmp_path).status == 0
+    assert (tmp_path / "o.onnx").read_bytes() == first
