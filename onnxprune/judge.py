@@ -13,17 +13,28 @@ from numpy.typing import NDArray
 from onnxprune.data import Dataset
 from onnxprune.evaluate import METRICS, Metric, log_probabilities, predict
 
+FOLDS = 10  # disjoint parts of the data, from whose drops the error of the whole is told
+
 Arrays = list[NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A model's metric, the points it lost against the uncut model, its loss, and its cosine to the uncut outputs."""
+    """A model's metric, the points it lost against the uncut model, its loss, and its cosine to the uncut outputs.
+
+    `error` is the standard error of the drop: how far it may be, by chance, from the drop on endless data.
+    """
 
     value: float
     drop: float
     loss: float
     cosine: float
+    error: float = 0.0
+
+    @property
+    def most(self) -> float:
+        """What decisions count as the drop: one standard error more, since of many cuts the luckiest is taken."""
+        return self.drop + self.error
 
 
 @dataclass(frozen=True)
@@ -45,10 +56,19 @@ class Judge:
         data = self.evaluation.take(slice(0, limit))
         reference = [array[:limit] for array in self._reference]
         outputs = predict(model, data, self.threads)
-        base = self.metric.compute(reference, data.labels, reference)
-        value = self.metric.compute(outputs, data.labels, reference)
-        cosine = METRICS["cosine"].compute(outputs, None, reference)
-        return Verdict(value, self.metric.drop(base, value), loss_of(outputs, data.labels, reference), cosine)
+        value, drop = self._drop(outputs, data.labels, reference)
+        cosine, parts = METRICS["cosine"].compute(outputs, None, reference), list[float]()
+        if len(data) >= FOLDS and all(len(array) == len(data) for array in outputs):
+            for fold in (slice(i, None, FOLDS) for i in range(FOLDS)):
+                labels = None if data.labels is None else data.labels[fold]
+                parts.append(self._drop([array[fold] for array in outputs], labels, [a[fold] for a in reference])[1])
+        error = float(np.std(parts, ddof=1) / FOLDS**0.5) if parts else 0.0
+        return Verdict(value, drop, loss_of(outputs, data.labels, reference), cosine, error)
+
+    def _drop(self, outputs: Arrays, labels: NDArray[Any] | None, reference: Arrays) -> tuple[float, float]:
+        """The metric, and how far it is below the uncut model's."""
+        value = self.metric.compute(outputs, labels, reference)
+        return value, self.metric.drop(self.metric.compute(reference, labels, reference), value)
 
 
 def loss_of(outputs: Arrays, labels: NDArray[Any] | None, reference: Arrays) -> float:

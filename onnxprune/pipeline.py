@@ -420,7 +420,7 @@ class Run:
             self.listener.progress("choosing a threshold", tried, EVALUATIONS)
             model, step = cut(units, survivors(units, scores, tau, rounding))
             self._repair(model, state, step)
-            return self.judge.measure(model, PROBE_SAMPLES).drop
+            return self.judge.measure(model, PROBE_SAMPLES).most
 
         ending = len(history) + 1 >= (self.options.rounds or ROUNDS) or len(history) >= PATIENCE
         safe = ending and not any(outcome.accepted for outcome in history)
@@ -465,7 +465,8 @@ class Run:
         record = json.loads(done.read_text())
         self.listener.note(
             f"round {number}: {100 * record['macs_share']:.0f} % of the MACs left, {self.judge.metric.name} "
-            f"{record['metric']:.2f} ({-record['drop']:+.2f}): {'kept' if record['accepted'] else 'rolled back'}"
+            f"{record['metric']:.2f} ({-record['drop']:+.2f} ± {record['error']:.2f}): "
+            f"{'kept' if record['accepted'] else 'rolled back'}"
         )
         if not record["accepted"]:
             return record, state
@@ -508,7 +509,8 @@ class Run:
             "loss": verdict.loss,
             "epochs": self.epochs,
             "tuned": bool(self.epochs) and verdict is not repaired,
-            "accepted": self.allowed is None or verdict.drop <= self.allowed,
+            "error": verdict.error,
+            "accepted": self.allowed is None or verdict.most <= self.allowed,
             "widths": {group.name: int(alive[group.units].sum()) * group.repeats for group in units.groups},
             "seconds": time.monotonic() - started,
         }
@@ -522,7 +524,7 @@ class Run:
         """
         if self.apart:
             return (tuned.drop, tuned.loss) <= (repaired.drop, repaired.loss)
-        return self.allowed is None or tuned.drop <= self.allowed or repaired.drop > self.allowed
+        return self.allowed is None or tuned.most <= self.allowed or repaired.most > self.allowed
 
     def _sparsified(self, number: int, folder: Path, state: State, units: Units, alive: Alive) -> State:
         """The same model, fine-tuned while what is about to be cut fades."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from onnxprune.bench import bench_models, compare, find_providers
 from onnxprune.data import Dataset
 from onnxprune.errors import DataError, UsageError
 from onnxprune.evaluate import find_metric
+from onnxprune.judge import Judge
 from tests.conftest import MODELS
+from tests.graphs import graph
 
 X = {"x": np.zeros((4, 2), np.float32)}
 SCORES = np.array([[3.0, 2, 1], [1, 3, 2], [1, 2, 3], [3, 1, 2]], np.float32)
@@ -82,3 +85,21 @@ def test_an_absent_provider_lists_what_is_there() -> None:
     with pytest.raises(UsageError, match="cpu"):
         find_providers(["cpu", "warp"])
     assert find_providers(["CPUExecutionProvider", "cpu"]) == ["CPUExecutionProvider"] * 2
+
+
+def test_the_error_of_a_drop_is_that_of_a_sample() -> None:
+    """A model that is right at random nine times in ten: the drop's standard error is that of a binomial share."""
+    model = graph("(float[N,3] x, float[3,3] w) => (float[N,3] y) { y = MatMul(x, w) }")
+    worse = model.clone()
+    model.graph.initializers["w"].const_value = ir.tensor(np.eye(3, dtype=np.float32), name="w")
+    worse.graph.initializers["w"].const_value = ir.tensor(np.diag([1, 1, -1]).astype(np.float32), name="w")
+    for count in (400, 4000):
+        labels = np.random.default_rng(count).choice(3, count, p=[0.45, 0.45, 0.1])
+        data = Dataset({"x": np.eye(3, dtype=np.float32)[labels]}, labels)
+        verdict = Judge(model, data, find_metric("top1", data), 1, True).measure(worse)
+        share = (labels == 2).mean()
+        assert verdict.drop == pytest.approx(100 * share)
+        assert 0.5 < verdict.error / (100 * np.sqrt(share * (1 - share) / count)) < 1.6
+        assert verdict.most == verdict.drop + verdict.error
+    few = Dataset({"x": data.inputs["x"][:5]}, labels[:5])
+    assert Judge(model, few, find_metric("top1", few), 1, True).measure(worse).error == 0.0
