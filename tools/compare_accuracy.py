@@ -4,10 +4,10 @@
 
 PYTHON is an interpreter with torch, torch-pruning 1.6, onnx2torch and onnxscript. For each share of the MACs and seed,
 both cut the file: onnxprune as its `run` does, calibrated on SAMPLES images drawn from TRAIN by the seed; Torch-Pruning
-by group L2 over all layers, batch normalisation re-estimated on the same images. With --epochs both are trained on
-TRAIN with AdamW and the same schedule (onnxprune with its default loss, which distils, and without what it holds back
-of TRAIN for decisions). What is written is accuracy on TEST in onnxruntime: JSON, a table, and a plot where matplotlib
-is installed.
+by group L2 over all layers, batch normalisation re-estimated on the same images. onnxsim's structured pruning, by L2,
+has no seed. With --epochs both are trained on TRAIN with AdamW and the same schedule (onnxprune with its default loss,
+which distils, and without what it holds back of TRAIN for decisions). What is written is accuracy on TEST in
+onnxruntime: JSON, a table, and a plot where matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxsim
 
 import onnxprune
 from onnxprune import RunOptions
@@ -49,6 +51,26 @@ def measure(path: Path, test: Dataset) -> tuple[float, int]:
 def arrays(data: Dataset) -> dict[str, Any]:
     """What `onnxprune.run` takes."""
     return data.inputs if data.labels is None else {**data.inputs, "labels": data.labels}
+
+
+def by_onnxsim(source: str, share: float, out: Path) -> bool:
+    """onnxsim's structured pruning by L2 at the lowest sparsity that leaves this share of the MACs; whether it can."""
+    model, _ = onnxsim.simplify(onnx.load(source))
+    whole, low, high, reached = macs_of(Path(source)), 0.0, 0.95, False
+    for _ in range(8):
+        middle = (low + high) / 2
+        onnx.save(onnxsim.apply_structured_pruning(model, sparsity=middle), out)
+        if macs_of(out) <= share * whole:
+            high, reached = middle, True
+        else:
+            low = middle
+    onnx.save(onnxsim.apply_structured_pruning(model, sparsity=high), out)
+    return reached
+
+
+def macs_of(path: Path) -> int:
+    units = find_units(analyse(normalise(open_model(path))))
+    return Cost(units).macs(np.ones(units.count, bool))
 
 
 def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -83,6 +105,12 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 held = None if epochs else arrays(few)  # all of the few are for calibration
                 onnxprune.run(given.model, arrays(data), output=path, eval_data=held, options=options)
                 note(share, name, path)
+            if seed == 0:
+                path = out.with_suffix(".onnxsim.onnx")
+                if by_onnxsim(given.model, share, path):
+                    note(share, "onnxsim, structured L2", path)
+                else:
+                    print(f"{share:.2f} is out of reach for onnxsim")
             if given.peer_python:
                 job = {
                     "model": given.model, "share": share, "seed": seed, "out": str(out), "epochs": given.epochs,
