@@ -151,7 +151,8 @@ def _everywhere(task: Task, groups: int, ratios: tuple[float, ...], parallel: st
     import joblib
 
     with _backend(parallel, task):
-        jobs = joblib.Parallel(n_jobs=int(parallel) if parallel.isdigit() else -1, return_as="generator")
+        come = "list" if parallel.startswith("ray") else "generator"  # one by one isn't known to Ray's backend
+        jobs = joblib.Parallel(n_jobs=int(parallel) if parallel.isdigit() else -1, return_as=come)
         yield from jobs(joblib.delayed(measure_group)(task, index, ratios) for index in range(groups))
 
 

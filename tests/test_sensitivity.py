@@ -33,6 +33,13 @@ def test_a_dask_cluster_measures_the_same() -> None:
         np.testing.assert_allclose(a.losses, b.losses, rtol=1e-4)
 
 
+def test_a_ray_cluster_measures_the_same() -> None:
+    pytest.importorskip("ray", reason="ray isn't installed")
+    here, there = (sensitivity(MODEL, DATA, samples=100, parallel=where) for where in ("1", "ray:"))
+    for a, b in zip(here.curves, there.curves, strict=True):
+        np.testing.assert_allclose(a.losses, b.losses, rtol=1e-4)
+
+
 def test_the_command_prints_writes_and_draws(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib isn't installed")
     arguments = ("sensitivity", MODEL, "--data", DATA, "--samples", 100)
