@@ -53,6 +53,21 @@ def lower_all(graph: ir.Model, shapes: Shapes) -> None:
     graph.ir_version = min(graph.ir_version, NEWEST_IR)
 
 
+def evaluation_graph(model: ir.Model, loss: LossPlan) -> tuple[ir.Model, list[str]]:
+    """What the training graph computes with the statistics of batch normalisation kept, and of which values.
+
+    It equals the model; a check on every lowering. Raises `TrainingError` as `training_graph` does.
+    """
+    graph = teacher_graph(model, loss)
+    shapes, names = infer_shapes(graph), [value.name or "" for value in graph.graph.outputs]
+    lower_all(graph, shapes)
+    for node in graph.graph:
+        if node.op_type == "BatchNormalization":
+            node.attributes["training_mode"] = ir.AttrInt64("training_mode", 0)
+            node.resize_outputs(1)
+    return graph, names
+
+
 def teacher_graph(model: ir.Model, loss: LossPlan) -> ir.Model:
     """The uncut model with the compared values as its outputs. Raises `TrainingError` as `training_graph` does."""
     check_versions(model)
