@@ -80,7 +80,8 @@ def test_an_allowed_drop_alone_decides(tmp_path: Path) -> None:
 
 
 def test_without_data_accuracy_is_said_to_be_unmeasured(tmp_path: Path) -> None:
-    result = call("run", MODELS / "digits_resnet.onnx", "-o", "out.onnx", cwd=tmp_path)
+    # without batch normalisation there is nothing to repair by: what is written is the cut
+    result = call("run", MODELS / "digits_mlp.onnx", "-o", "out.onnx", cwd=tmp_path)
     assert result.status == 0
     assert "accuracy was not measured" in result.err and "not measured" in result.out
     report = json.loads((tmp_path / "out.onnxprune" / "report.json").read_text())
