@@ -76,7 +76,13 @@ def sweep_one(path: Path, ratio: float) -> dict[str, Any]:
 
 def run_child(path: Path, ratio: float, limit: float) -> dict[str, Any]:
     """One model in a process of its own, with a time limit."""
-    command = [sys.executable, __file__, str(path.parent), "--one", path.name, "--ratio", str(ratio)]
+    return answer_of(
+        [sys.executable, __file__, str(path.parent), "--one", path.name, "--ratio", str(ratio)], path, limit
+    )
+
+
+def answer_of(command: list[str], path: Path, limit: float) -> dict[str, Any]:
+    """The JSON in the last line that a command prints about a model, or an error."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -68,16 +67,9 @@ def tune_one(path: Path) -> dict[str, Any]:
 
 def run_child(path: Path, limit: float) -> dict[str, Any]:
     """One model in a process of its own, with a time limit."""
-    command = [sys.executable, __file__, str(path.parent), path.stem, "--one"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        return {"name": path.stem, "error": f"more than {limit:.0f} s"}
-    lines = (done.stdout.strip() or done.stderr.strip() or f"exit status {done.returncode}").splitlines()
-    try:
-        return {"name": path.stem, **json.loads(lines[-1])}
-    except ValueError:
-        return {"name": path.stem, "error": lines[-1][:500]}
+    from sweep import answer_of
+
+    return answer_of([sys.executable, __file__, str(path.parent), path.stem, "--one"], path, limit)
 
 
 def passed(row: dict[str, Any]) -> bool:
