@@ -148,6 +148,8 @@ def _load(
     if train is None:
         if options.max_drop is not None or options.metric is not None:
             raise UsageError("--max-drop and --metric need data to measure on: give --data")
+        if options.sparsify or options.minutes is not None:
+            raise UsageError("--sparsify and --minutes are for fine-tuning, which needs data: give --data")
         if options.criterion == AUTO:
             raise UsageError("--criterion auto tries criteria on data: give --data, or name one")
         notes.append("no data: scored by weights alone; accuracy was not measured")
@@ -465,7 +467,7 @@ class Run:
         record = json.loads(done.read_text())
         self.listener.note(
             f"round {number}: {100 * record['macs_share']:.0f} % of the MACs left, {self.judge.metric.name} "
-            f"{record['metric']:.2f} ({-record['drop']:+.2f} ± {record['error']:.2f}): "
+            f"{record['metric']:.2f} ({-record['drop']:+.2f} ± {record['drop_error']:.2f}): "
             f"{'kept' if record['accepted'] else 'rolled back'}"
         )
         if not record["accepted"]:
@@ -509,7 +511,7 @@ class Run:
             "loss": verdict.loss,
             "epochs": self.epochs,
             "tuned": bool(self.epochs) and verdict is not repaired,
-            "error": verdict.error,
+            "drop_error": verdict.error,
             "accepted": self.allowed is None or verdict.most <= self.allowed,
             "widths": {group.name: int(alive[group.units].sum()) * group.repeats for group in units.groups},
             "seconds": time.monotonic() - started,

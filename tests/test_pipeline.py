@@ -130,3 +130,10 @@ def test_data_may_be_arrays(tmp_path: Path) -> None:
         arrays = {"input": data["input"], "labels": data["labels"]}
     report = onnxprune.run(MODEL, arrays, output=tmp_path / "out.onnx", options=RunOptions(**QUICK, target_macs=0.8))
     assert report.met and any("held back" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("options", [{"sparsify": 1}, {"minutes": 1.0}])
+def test_training_without_data_is_refused(options: dict[str, float], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--data"):
+        onnxprune.run(MODELS / "digits_mlp.onnx", output=tmp_path / "o.onnx", options=RunOptions(**options))  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
