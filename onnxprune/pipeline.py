@@ -491,8 +491,6 @@ class Run:
         if self.epochs:
             tuned = model.clone()
             self._tune(number, folder / "tune", tuned, self.epochs, self.seconds)
-            if self.train is not None:
-                reestimate_batch_norm(tuned, self.train, self.options.threads)
             after = self.judge.measure(tuned)
             if self._better(after, repaired):
                 model, verdict = tuned, after
@@ -532,8 +530,6 @@ class Run:
         """The same model, fine-tuned while what is about to be cut fades."""
         model = state.model.clone()
         self._tune(number, folder / "sparsify", model, self.options.sparsify, None, fading_parts(units, alive))
-        if self.train is not None:
-            reestimate_batch_norm(model, self.train, self.options.threads)
         return State(model, state.plan, tuned=True)
 
     def _tune(

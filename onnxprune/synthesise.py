@@ -17,9 +17,9 @@ import onnx_ir as ir
 from onnxprune.data import Dataset, fixed_batch, model_inputs, random_inputs
 from onnxprune.errors import TrainingError
 from onnxprune.model import constant
-from onnxprune.shapes import Shapes, add_initializer, infer_shapes, replace_node
+from onnxprune.shapes import Shapes, add_initializer, replace_node
 from onnxprune.training import TrainingOptions, minimise
-from onnxprune.training.forward import check_versions, lower_all
+from onnxprune.training.lowering import at_sizes, lower, spell_out
 
 IMAGES = "onnxprune.inputs"
 MOST, FEWEST, SHARD = 256, 32, 32  # inputs; as many as a thread of the worker takes at a time
@@ -67,14 +67,14 @@ def _norms(model: ir.Model) -> list[ir.Node]:
 
 def _statistics_loss(model: ir.Model, noise: np.ndarray[Any, Any]) -> ir.Model:
     """A graph whose input chooses some of the inputs, which are an initializer, and whose output is their loss."""
-    check_versions(model)
-    graph = model.clone()
-    shapes, terms = infer_shapes(graph), list[ir.Value]()
+    name = model.graph.inputs[0].name or ""
+    graph, shapes = at_sizes(spell_out(model.clone()), {name: (SHARD, *noise.shape[1:])})
+    terms = list[ir.Value]()
     for node in _norms(graph):
         terms += _fixed(graph, node, shapes)
     source = graph.graph.inputs[0]
     table = add_initializer(graph, IMAGES, noise.astype(np.float32))
-    chosen = ir.Value(name="onnxprune.chosen", shape=ir.Shape(["N"]), type=ir.TensorType(ir.DataType.INT64))
+    chosen = ir.Value(name="onnxprune.chosen", shape=ir.Shape([SHARD]), type=ir.TensorType(ir.DataType.INT64))
     gather = ir.node("Gather", [table, chosen], {"axis": 0}, name="onnxprune.gather")
     gather.outputs[0].name = gather.name
     graph.graph.insert_before(next(iter(graph.graph)), gather)
@@ -90,7 +90,7 @@ def _statistics_loss(model: ir.Model, noise: np.ndarray[Any, Any]) -> ir.Model:
     total.type, total.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
     graph.graph.outputs.clear()
     graph.graph.outputs.append(total)
-    lower_all(graph, shapes)
+    lower(graph, shapes)
     return graph
 
 

@@ -31,8 +31,9 @@ def tune_one(path: Path) -> dict[str, Any]:
     from onnxprune.model import open_model
     from onnxprune.normalise import normalise
     from onnxprune.training import TrainingOptions, fine_tune
-    from onnxprune.training.forward import LOWERINGS, evaluation_graph
+    from onnxprune.training.forward import evaluation_graph
     from onnxprune.training.losses import plan_loss
+    from onnxprune.training.lowering import LOWERINGS
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -44,7 +45,7 @@ def tune_one(path: Path) -> dict[str, Any]:
         samples = fixed_batch(student) or SAMPLES
         data = Dataset(random_inputs(student, 0, batch=None if fixed_batch(student) else SAMPLES), None)
         loss = plan_loss(student, data)
-        graph, outputs = evaluation_graph(student, loss)
+        graph, outputs = evaluation_graph(student, loss, {name: array.shape for name, array in data.inputs.items()})
         part = ir.convenience.extract(student.graph, student.graph.inputs, outputs)
         expected = run_model(ir.Model(part, ir_version=student.ir_version), data.inputs)
         found = run_model(graph, data.inputs)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from onnxprune.errors import TrainingError
 from onnxprune.evaluate import predict
 from onnxprune.files import write_json
 from onnxprune.model import save_model
-from onnxprune.training.forward import teacher_graph, trainable, training_graph
+from onnxprune.repair import reestimate_batch_norm
+from onnxprune.training.forward import LABELS, teacher_graph, trainable, training_graph, uses_batch_statistics
 from onnxprune.training.losses import plan_loss
 from onnxprune.training.runtime import install_runtime
 from onnxprune.training.worker import augment
@@ -79,9 +80,9 @@ def fine_tune(
     """Trains the parameters of `model` in place, in a worker process.
 
     A part of the data, at most 512 samples and a tenth, is held out: what comes back are the weights after the epoch
-    that did best on it. `fading` names, by boolean arrays, parts of parameters that shrink to a hundredth on the way,
-    the faster the further it is (growing regularisation: Wang et al. 2021, Neural Pruning via Growing Regularization,
-    section 3.2, here as decoupled decay).
+    that did best on it, and batch normalisation's statistics under them. `fading` names, by boolean arrays, parts of
+    parameters that shrink to a hundredth on the way, the faster the further it is (growing regularisation: Wang et al.
+    2021, Neural Pruning via Growing Regularization, section 3.2, here as decoupled decay).
 
     A folder that holds a job already is resumed from its last checkpoint: the result is equal to the bit to that of a
     run that was not interrupted. Raises `TrainingError` when the worker fails, dies, hangs or is out of memory; `model`
@@ -92,6 +93,8 @@ def fine_tune(
         _prepare(model, teacher, data, folder, options, augmentation or {}, fading)
     for name, array in _work(folder, runtime, options, progress).items():
         model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    if uses_batch_statistics(model, json.loads((folder / "job.json").read_text())["shard"]):
+        reestimate_batch_norm(model, data, options.threads)
 
 
 def gradient_moments(
@@ -102,7 +105,8 @@ def gradient_moments(
     Float32 arrays of shape (2, *parameter's). Nothing is trained. Raises `TrainingError` as `fine_tune` does.
     """
     runtime = install_runtime()
-    _prepare(model, model, data, folder, options, {"task": "gradients", "batch": fixed_batch(model) or SHARD})
+    options = replace(options, batch=fixed_batch(model) or SHARD)
+    _prepare(model, model, data, folder, options, {"task": "gradients"})
     return _work(folder, runtime, options, lambda event: None)
 
 
@@ -153,29 +157,42 @@ def _prepare(
     names = trainable(model)
     if not names:
         raise TrainingError("nothing in the model can be fine-tuned; use --epochs 0")
-    save_model(training_graph(model, loss, data.labels.ndim if data.labels is not None else 0), folder / "forward.onnx")
-    save_model(teacher_graph(teacher, loss), folder / "teacher.onnx")
-    inputs = {name: str(_array_file(folder, f"input{i}", a)) for i, (name, a) in enumerate(data.inputs.items())}
-    labels = None
+    shard, batch, held = _portions(len(data), options.batch, fixed_batch(model))
+    arrays, labels = dict(data.inputs), None
     if loss.labels != "none" and data.labels is not None:
-        kind = np.int64 if loss.labels == "cross-entropy" else np.float32
-        labels = str(_array_file(folder, "labels", data.labels.astype(kind)))
-    fixed = fixed_batch(model)
-    batch = -(-options.batch // (fixed or 1)) * (fixed or 1)
+        arrays[LABELS] = data.labels.astype(np.int64 if loss.labels == "cross-entropy" else np.float32)
+    sizes = {name: (shard, *array.shape[1:]) for name, array in arrays.items()}
+    save_model(training_graph(model, loss, sizes), folder / "forward.onnx")
+    save_model(teacher_graph(teacher, loss), folder / "teacher.onnx")
+    files = {name: str(_array_file(folder, f"input{i}", array)) for i, (name, array) in enumerate(arrays.items())}
+    labels = files.pop(LABELS, None)
     if fading:
         np.savez(folder / "fading.npz", **{name: where for name, where in fading.items() if name in names})  # type: ignore[arg-type]
     job = {
         "trainable": names,
-        "inputs": inputs,
+        "inputs": files,
         "labels": labels,
         "distil": loss.share > 0,
-        "shard": fixed or SHARD,
+        "shard": shard,
         "batch": batch,
-        "held": min(HELD_OUT, len(data) // 10) // batch * batch,
+        "held": held,
         "fading": str((folder / "fading.npz").resolve()) if fading else None,
         **augmentation,
     }
     _write_job(folder, options, job)
+
+
+def _portions(samples: int, batch: int, fixed: int | None) -> tuple[int, int, int]:
+    """Samples a thread works on at a time, of a step, and held out: each a whole multiple of the one before."""
+    held = min(HELD_OUT, samples // 10)
+    if fixed is not None:
+        batch = -(-batch // fixed) * fixed
+        batch = max(min(batch, (samples - held) // fixed * fixed), fixed)
+        return fixed, batch, held // batch * batch
+    batch = min(batch, samples - held)
+    shard = batch // -(-batch // SHARD)
+    batch = batch // shard * shard
+    return shard, batch, held // batch * batch
 
 
 def _write_job(folder: Path, options: TrainingOptions, given: dict[str, Any]) -> None:

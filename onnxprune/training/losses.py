@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,7 +51,7 @@ def class_scores(output: ir.Value) -> ir.Value:
     return output
 
 
-def add_loss(model: ir.Model, plan: LossPlan, label_rank: int) -> None:
+def add_loss(model: ir.Model, plan: LossPlan, labels_shape: Sequence[int] | None) -> None:
     """Replaces the outputs of a model by the scalar `loss`, followed by what is compared with the teacher.
 
     New inputs: `onnxprune.labels` (int64 or float32), and `onnxprune.teacher.I` for every compared value.
@@ -60,16 +61,18 @@ def add_loss(model: ir.Model, plan: LossPlan, label_rank: int) -> None:
     students = [values[name] for name in plan.values]
     terms: list[tuple[float, ir.Value]] = []
     if plan.labels == "cross-entropy":
-        labels = _input(model, "onnxprune.labels", ir.DataType.INT64, label_rank)
-        loss = _node(model, "SoftmaxCrossEntropyLoss", [_classes_second(model, students[0], label_rank), labels])
+        labels = _input(model, "onnxprune.labels", ir.DataType.INT64, labels_shape or ())
+        loss = _node(
+            model, "SoftmaxCrossEntropyLoss", [_classes_second(model, students[0], len(labels_shape or ())), labels]
+        )
         terms.append((1 - plan.share, loss))
     elif plan.labels == "mse":
-        labels = _input(model, "onnxprune.labels", ir.DataType.FLOAT, label_rank)
+        labels = _input(model, "onnxprune.labels", ir.DataType.FLOAT, labels_shape or ())
         terms.append((1 - plan.share, _mean_square(model, students[0], labels)))
     if plan.share > 0:
         for index, student in enumerate(students):
-            rank = len(student.shape) if student.shape is not None else 2
-            teacher = _input(model, f"onnxprune.teacher.{index}", ir.DataType.FLOAT, rank)
+            shape = student.shape.numpy() if student.shape is not None else ()
+            teacher = _input(model, f"onnxprune.teacher.{index}", ir.DataType.FLOAT, shape)
             part = _kl(model, student, teacher) if plan.distillation == "kl" else _relative(model, student, teacher)
             terms.append((plan.share / len(students), part))
     total: ir.Value | None = None
@@ -123,9 +126,8 @@ def _constant(model: ir.Model, number: float) -> ir.Value:
     return add_initializer(model, "onnxprune.loss.constant", np.array(number, np.float32))
 
 
-def _input(model: ir.Model, name: str, dtype: ir.DataType, rank: int) -> ir.Value:
-    shape = ir.Shape([f"{name}.{axis}" if axis else "N" for axis in range(rank)])
-    value = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
+def _input(model: ir.Model, name: str, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
     model.graph.inputs.append(value)
     return value
 

@@ -49,6 +49,15 @@ def import_runtime() -> tuple[Any, Any]:
     from onnxruntime.training.onnxblock import _training_graph_utils
 
     _training_graph_utils.SessionOptions = lambda: options(onnxruntime)  # else it logs dozens of lines
+    optimise = _training_graph_utils.get_optimized_model
+
+    def optimised_if_possible(model: bytes, *others: Any) -> Any:
+        try:
+            return optimise(model, *others)
+        except RuntimeError:  # its fusions fail on some graphs ("argument mismatch when removing edge")
+            return model
+
+    _training_graph_utils.get_optimized_model = optimised_if_possible
     return onnxruntime, artifacts
 
 

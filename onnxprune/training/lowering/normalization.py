@@ -1,0 +1,107 @@
+"""Normalisation: outputs that gradients read, and forms made of means."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune.labels.flow import integer
+from onnxprune.model import constant
+from onnxprune.training.lowering.base import Lowerer, attribute, first, lowering
+
+
+@lowering("BatchNormalization")
+def _batch_norm(lower: Lowerer, node: ir.Node) -> None:
+    """Batch statistics, which its gradient needs as outputs; or a scale and a shift by the statistics it has."""
+    if lower.batch_statistics:
+        node.attributes["training_mode"] = ir.AttrInt64("training_mode", 1)
+        _name_outputs(node, "mean", "var")
+        return
+    x, gamma, beta, mean, variance = node.inputs
+    assert x is not None and gamma is not None and beta is not None
+    deviation = np.sqrt(_array(lower, node, variance) + attribute(node, "epsilon", 1e-5))
+    scale = lower.add(node, "Div", [gamma, lower.constant(node, deviation.astype(np.float32))])
+    moved = lower.add(node, "Mul", [scale, lower.constant(node, _array(lower, node, mean).astype(np.float32))])
+    shift = lower.add(node, "Sub", [beta, moved])
+    along = [1, -1] + [1] * (len(lower.sizes(node, x)) - 2)
+    scaled = lower.add(node, "Mul", [x, lower.reshape(node, scale, *along)])
+    lower.replace(node, "Add", [scaled, lower.reshape(node, shift, *along)])
+
+
+def _array(lower: Lowerer, node: ir.Node, value: ir.Value | None) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    array = constant(value)
+    if array is None:
+        raise lower.refusal(node, "its statistics aren't constant")
+    return np.asarray(array, np.float64)
+
+
+@lowering("LayerNormalization")
+def _layer_norm(lower: Lowerer, node: ir.Node) -> None:
+    """Its gradient reads the outputs Mean and InvStdDev, and wants a bias."""
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        scale = node.inputs[1]
+        assert scale is not None
+        node.resize_inputs(3)
+        node.replace_input_with(2, lower.constant(node, np.zeros(lower.sizes(node, scale), np.float32)))
+    _name_outputs(node, "mean", "inverse_deviation")
+
+
+@lowering("SimplifiedLayerNormalization")
+def _simplified(lower: Lowerer, node: ir.Node) -> None:
+    """Its gradient reads the output InvStdDev."""
+    _name_outputs(node, "inverse_deviation")
+
+
+@lowering("SoftmaxCrossEntropyLoss")
+def _cross_entropy(lower: Lowerer, node: ir.Node) -> None:
+    """Its gradient reads the output log_prob; whether one that isn't named is added depends on the build."""
+    _name_outputs(node, "log_prob")
+
+
+def _name_outputs(node: ir.Node, *names: str) -> None:
+    node.resize_outputs(1 + len(names))
+    for value, name in zip(node.outputs[1:], names, strict=True):
+        value.name = value.name or f"{node.name}.{name}"
+
+
+@lowering("InstanceNormalization")
+def _instance_norm(lower: Lowerer, node: ir.Node) -> None:
+    """scale (x - mean) / sqrt(variance + epsilon) + bias, over the positions of each sample and channel."""
+    x, scale, bias = node.inputs
+    assert x is not None and scale is not None and bias is not None
+    rank = len(lower.sizes(node, x))
+    space, along = list(range(2, rank)), [1, -1] + [1] * (rank - 2)
+    apart = lower.add(node, "Sub", [x, lower.mean(node, x, space)])
+    variance = lower.mean(node, lower.add(node, "Mul", [apart, apart]), space)
+    epsilon = lower.number(node, attribute(node, "epsilon", 1e-5))
+    deviation = lower.add(node, "Sqrt", [lower.add(node, "Add", [variance, epsilon])])
+    normal = lower.add(node, "Div", [apart, deviation])
+    scaled = lower.add(node, "Mul", [normal, lower.reshape(node, scale, *along)])
+    lower.replace(node, "Add", [scaled, lower.reshape(node, bias, *along)])
+
+
+@lowering("LpNormalization")
+def _unit_norm(lower: Lowerer, node: ir.Node) -> None:
+    """x / |x| along an axis, with the norm's square root kept away from zero as in the operator's use."""
+    x, axis = first(node), integer(node, "axis", -1)
+    if integer(node, "p", 2) == 1:
+        size = lower.sum(node, lower.add(node, "Abs", [x]), [axis])
+    else:
+        size = lower.add(node, "Sqrt", [lower.sum(node, lower.add(node, "Mul", [x, x]), [axis])])
+    lower.replace(node, "Div", [x, size])
+
+
+@lowering("LRN")
+def _local_response(lower: Lowerer, node: ir.Node) -> None:
+    """x / (bias + alpha / size · sum of squares over neighbouring channels) ^ beta."""
+    x = first(node)
+    shape, size = lower.sizes(node, x), integer(node, "size", 1)
+    apart = np.arange(shape[1])[None, :] - np.arange(shape[1])[:, None]  # of channel c: c - floor((size - 1) / 2) …
+    band = (apart >= -((size - 1) // 2)) & (apart <= math.ceil((size - 1) / 2))
+    share = attribute(node, "alpha", 1e-4) / size
+    sums = lower.along_axis(node, lower.add(node, "Mul", [x, x]), len(shape), 1, (band * share).astype(np.float32))
+    inner = lower.add(node, "Add", [sums, lower.number(node, attribute(node, "bias", 1.0))])
+    raised = lower.add(node, "Pow", [inner, lower.number(node, attribute(node, "beta", 0.75))])
+    lower.replace(node, "Div", [x, raised])
