@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnxprune.data import Dataset
 from onnxprune.errors import UsageError
 from onnxprune.score import Scores
-from onnxprune.training import TrainingOptions, gradient_moments
+from onnxprune.training import Loss, TrainingOptions, gradient_moments
 from onnxprune.units import Units, weight_matrix
 
 SAMPLES = 512
@@ -44,7 +44,7 @@ def _over_parameters(units: Units, data: Dataset, form: Callable[[Array, Array, 
     if data.labels is None:
         raise UsageError("scores from gradients need labels: give --data with labels, or another --criterion")
     with tempfile.TemporaryDirectory() as folder:
-        options = TrainingOptions(distillation=0.0)
+        options = TrainingOptions(loss=Loss(distillation=0.0))
         moments = gradient_moments(units.model, data.take(slice(0, SAMPLES)), Path(folder) / "gradients", options)
     total = np.zeros(units.count)
     for value, axis, vector in units.parameters:

@@ -10,6 +10,7 @@ from onnxprune.labels.solve import Granularity
 from onnxprune.score import Scope
 from onnxprune.select import Keep
 from onnxprune.threshold import INITIAL, Schedule
+from onnxprune.training.losses import Kind, Loss
 
 Controller = Literal["bisect", "published"]
 RESOURCES = ("macs", "params", "size")
@@ -53,7 +54,13 @@ class RunOptions:
     threads: int | None = None
     memory: int | None = None
     seed: int = 0
+    loss: Kind | None = None
     distillation: float = 0.8
+    temperature: float = 2.0
+    smoothing: float = 0.0
+    ema: float = 0.0
+    stop_after: int | None = None
+    freeze: tuple[str, ...] = ()
     batch: int = 64
     bench_seconds: float = 4.0
 
@@ -63,7 +70,7 @@ class RunOptions:
                 raise UsageError(f"--target-{name} {value:g}: give the share that may remain, between 0 and 1")
         if self.max_drop is not None and not self.max_drop >= 0:
             raise UsageError(f"--max-drop {self.max_drop:g}: give the points that may be lost, 0 or more")
-        for name in ("rounds", "round_to", "threads", "batch", "memory"):
+        for name in ("rounds", "round_to", "threads", "batch", "memory", "stop_after"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {number}: give 1 or more")
         for name in ("epochs", "sparsify"):
@@ -77,8 +84,18 @@ class RunOptions:
             raise UsageError(f"--initial-tau {self.initial_tau}: no such rule; known: {', '.join(INITIAL)}")
         if not 0 <= self.alpha < 1:
             raise UsageError(f"--alpha {self.alpha:g}: give a decay of at least 0 and below 1")
+        for name in ("distillation", "smoothing", "ema"):
+            if not 0 <= (share := getattr(self, name)) <= 1 - (name == "ema") * 1e-6:
+                raise UsageError(f"--{name} {share:g}: give a share of 0 or more, and below 1")
+        if not self.temperature > 0:
+            raise UsageError(f"--temperature {self.temperature:g}: give more than 0")
         if self.lr is not None and not self.lr > 0:
             raise UsageError(f"--lr {self.lr:g}: give a learning rate above 0")
+
+    @property
+    def loss_options(self) -> Loss:
+        """What is asked of the loss."""
+        return Loss(self.loss, self.distillation, self.temperature, self.smoothing)
 
     @property
     def targets(self) -> dict[str, float]:

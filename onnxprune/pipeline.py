@@ -548,7 +548,10 @@ class Run:
             seconds=seconds,
             lr=self.options.lr or default_rate(model),
             batch=self.options.batch,
-            distillation=self.options.distillation,
+            loss=self.options.loss_options,
+            ema=self.options.ema,
+            stop_after=self.options.stop_after,
+            freeze=self.options.freeze,
             threads=self.options.threads or os.cpu_count() or 1,
             seed=self.options.seed + number,
         )

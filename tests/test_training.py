@@ -15,20 +15,20 @@ import onnx_ir as ir
 import pytest
 
 from onnxprune.cut import cut
-from onnxprune.data import Dataset, load_data
-from onnxprune.errors import TrainingError
+from onnxprune.data import Dataset, load_data, random_inputs
+from onnxprune.errors import TrainingError, UsageError
 from onnxprune.evaluate import log_probabilities, predict, relative_difference, run_model
 from onnxprune.labels import analyse
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
-from onnxprune.training import TrainingOptions, fine_tune, runtime
+from onnxprune.training import Loss, TrainingOptions, fine_tune, runtime
 from onnxprune.training.client import choose_augmentation
 from onnxprune.training.forward import teacher_graph, trainable, training_graph
 from onnxprune.training.losses import plan_loss
 from onnxprune.training.worker import AdamW, augment, learning_rate
 from onnxprune.units import fading_parts, find_units
 from tests.conftest import MODELS, needs_training
-from tests.graphs import random_cut
+from tests.graphs import graph, random_cut
 
 NAMES = ["digits_resnet", "digits_mlp", "digits_vit", "digits_gru"]
 
@@ -146,7 +146,7 @@ def test_distillation_without_labels_wins_back_what_noise_took(name: str, tmp_pa
 def test_labels_are_learnt(tmp_path: Path) -> None:
     model = load("digits_mlp")
     data, student, events = digits(model), damaged(model), list[dict[str, Any]]()
-    options = TrainingOptions(epochs=10, distillation=0.0)
+    options = TrainingOptions(epochs=10, loss=Loss(distillation=0.0))
     fine_tune(student, model, data, tmp_path / "job", options, progress=events.append)
     steps = [event for event in events if event["event"] == "step"]
     assert np.mean([e["loss"] for e in steps[-4:]]) < 0.7 * np.mean([e["loss"] for e in steps[:4]])
@@ -185,7 +185,11 @@ def test_the_best_epoch_comes_back(tmp_path: Path) -> None:
     for name, epochs in (("short", 1), ("long", 30)):
         student = model.clone()
         fine_tune(
-            student, model, data, tmp_path / name, TrainingOptions(epochs=epochs, batch=32, lr=3e-3, distillation=0.0)
+            student,
+            model,
+            data,
+            tmp_path / name,
+            TrainingOptions(epochs=epochs, batch=32, lr=3e-3, loss=Loss(distillation=0.0)),
         )
         order = np.random.default_rng(0).permutation(len(data))
         held = data.take(np.sort(order[: json.loads((tmp_path / name / "job.json").read_text())["held"]]))
@@ -248,10 +252,117 @@ def test_a_worker_out_of_memory_says_so(tmp_path: Path) -> None:
 
 
 @needs_training
-def test_a_loss_that_is_not_finite_ends_training(tmp_path: Path) -> None:
-    model = load("digits_mlp")
+def test_a_loss_that_is_never_finite_ends_training_after_two_smaller_rates(tmp_path: Path) -> None:
+    model, events = load("digits_mlp"), list[dict[str, Any]]()
+    options = TrainingOptions(epochs=30, lr=1e30)
     with pytest.raises(TrainingError, match="not-finite"):
-        fine_tune(damaged(model), model, digits(model), tmp_path / "job", TrainingOptions(epochs=30, lr=1e30))
+        fine_tune(damaged(model), model, digits(model), tmp_path / "job", options, progress=events.append)
+    assert [e["message"].split("back, at ")[1] for e in events if e["event"] == "note"] == [
+        "0.25 of the rate",
+        "0.0625 of the rate",
+    ]
+
+
+@needs_training
+def test_one_sample_whose_loss_is_not_finite_takes_training_back_and_on(tmp_path: Path) -> None:
+    model = load("digits_mlp")
+    data, student, events = digits(model), damaged(model), list[dict[str, Any]]()
+    before = loss_of(student, model, data)
+    (name, inputs), *_ = data.inputs.items()
+    poisoned = inputs.copy()
+    poisoned[7] = 3e38
+    options = TrainingOptions(epochs=1, batch=16, lr=1e-3)
+    fine_tune(student, model, Dataset({name: poisoned}, None), tmp_path / "job", options, progress=events.append)
+    assert len([event for event in events if event["event"] == "note"]) == 1
+    assert loss_of(student, model, data) < before
+    assert all(np.isfinite(array).all() for array in numbers(student).values())
+
+
+@needs_training
+def test_frozen_parameters_keep_their_numbers(tmp_path: Path) -> None:
+    model = load("digits_mlp")
+    student = damaged(model)
+    before = {name: array.copy() for name, array in numbers(student).items()}
+    frozen = next(iter(before))
+    options = TrainingOptions(epochs=1, freeze=(frozen[:-1] + "?",))
+    fine_tune(student, model, digits(model), tmp_path / "job", options)
+    changed = {name for name, array in numbers(student).items() if (array != before[name]).any()}
+    assert frozen not in changed and changed
+    with pytest.raises(TrainingError, match="nothing in the model"):
+        fine_tune(student, model, digits(model), tmp_path / "none", TrainingOptions(freeze=("*",)))
+
+
+@needs_training
+def test_an_average_of_weights_changes_less_and_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    model = load("digits_mlp")
+    results = []
+    for name, ema, kill in (("plain", 0.0, False), ("slow", 0.9, False), ("killed", 0.9, True)):
+        student, kills = damaged(model), [13] if kill else []
+        before = numbers(damaged(model))
+
+        def progress(event: dict[str, Any], folder: Path = tmp_path / name, kills: list[int] = kills) -> None:
+            if event["event"] == "step" and event["step"] in kills:
+                kills.clear()
+                os.kill(int((folder / "worker.pid").read_text()), signal.SIGKILL)
+
+        options = TrainingOptions(epochs=6, ema=ema, checkpoint_seconds=0.0)
+        fine_tune(student, model, digits(model), tmp_path / name, options, None, progress)
+        results.append((numbers(student), sum(float(np.abs(a - before[n]).sum()) for n, a in numbers(student).items())))
+    assert results[1][1] < results[0][1]
+    assert all((results[2][0][name] == array).all() for name, array in results[1][0].items())
+
+
+@needs_training
+def test_training_stops_when_held_out_samples_say_so(tmp_path: Path) -> None:
+    model = load("digits_mlp")
+    events: list[dict[str, Any]] = []
+    options = TrainingOptions(epochs=50, batch=32, lr=0.3, stop_after=2)  # far too high: it only gets worse
+    fine_tune(model.clone(), model, digits(model, 640), tmp_path / "job", options, progress=events.append)
+    assert 2 <= events[-2]["epoch"] < 20
+
+
+LABELLED = {
+    "cross-entropy, classes last": ("(float[N,3,6] x, float[6,4] w) => (float[N,3,4] y) { y = MatMul(x, w) }", {}),
+    "cross-entropy of a map": (
+        "(float[N,6,3,3] x, float[4,6,1,1] w) => (float[N,4,3,3] y) { y = Conv(x, w) }", {"kind": None},
+    ),
+    "smoothed": ("(float[N,6] x, float[6,4] w) => (float[N,4] y) { y = MatMul(x, w) }", {"smoothing": 0.2}),
+    "binary": ("(float[N,6] x, float[6,4] w) => (float[N,4] y) { s = MatMul(x, w) y = Sigmoid(s) }", {"kind": "bce"}),
+    "absolute": ("(float[N,6] x, float[6,4] w) => (float[N,4] y) { y = MatMul(x, w) }", {"kind": "l1"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_losses_on_labels(name: str) -> None:
+    text, asked = LABELLED[name]
+    model, rng = graph(text), np.random.default_rng(0)
+    x = random_inputs(model, seed=0, batch=5)["x"]
+    y = run_model(model, {"x": x})[0].astype(np.float64)
+    axis = 1 if "map" in name else -1
+    targets: np.ndarray = (
+        rng.random(y.shape) if asked.get("kind") else rng.integers(0, 4, y.max(axis).shape)
+    )
+    log_p = y - np.log(np.exp(y).sum(axis, keepdims=True))
+    if name == "binary":
+        expected = -(targets * np.log(y) + (1 - targets) * np.log(1 - y)).mean()
+    elif name == "absolute":
+        expected = np.abs(y - targets).mean()
+    else:
+        chosen = -np.take_along_axis(log_p, np.expand_dims(targets, axis), axis).mean()
+        expected = 0.8 * chosen - 0.2 * log_p.mean() if name == "smoothed" else chosen
+    labels = targets.astype(np.float32 if targets.dtype.kind == "f" else np.int64)
+    plan = plan_loss(model, Dataset({"x": x}, labels), Loss(distillation=0.0, **asked))  # type: ignore[arg-type]
+    feeds = {"x": x, "onnxprune.labels": labels}
+    found = run_model(training_graph(model, plan, {name: array.shape for name, array in feeds.items()}), feeds)[0]
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_loss_that_labels_do_not_fit() -> None:
+    model = graph("(float[N,6] x, float[6,4] w) => (float[N,4] y) { y = MatMul(x, w) }")
+    x = np.zeros((2, 6), np.float32)
+    for kind, labels in (("bce", np.zeros(2, np.int64)), ("cross-entropy", np.zeros((2, 4), np.float32)), ("l1", None)):
+        with pytest.raises(UsageError, match=f"--loss {kind}"):
+            plan_loss(model, Dataset({"x": x}, labels), Loss(kind))  # type: ignore[arg-type]
 
 
 def test_a_platform_without_a_wheel_is_told_what_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

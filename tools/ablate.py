@@ -31,7 +31,7 @@ from onnxprune.pipeline import default_rate
 from onnxprune.repair import reestimate_batch_norm
 from onnxprune.score import normalise_scores, score_units
 from onnxprune.select import Rounding, tau_for
-from onnxprune.training import TrainingOptions, fine_tune
+from onnxprune.training import Loss, TrainingOptions, fine_tune
 from onnxprune.training.client import choose_augmentation
 from onnxprune.units import granularity_for, prunable
 
@@ -72,7 +72,7 @@ def main() -> None:
     def tuned(candidate: Any, seed: int, share: float) -> float:
         result, labelled = candidate.clone(), train if share < 1 else Dataset(train.inputs, None)
         options = TrainingOptions(
-            epochs=given.epochs, lr=default_rate(model), distillation=share, threads=given.threads, seed=seed
+            epochs=given.epochs, lr=default_rate(model), loss=Loss(distillation=share), threads=given.threads, seed=seed
         )
         with tempfile.TemporaryDirectory() as folder:
             fine_tune(result, model, labelled, Path(folder) / "job", options, augmentation)

@@ -26,6 +26,7 @@ from onnxprune.pipeline import DATA_CRITERIA, run
 from onnxprune.report import Report
 from onnxprune.score import CRITERIA
 from onnxprune.threshold import INITIAL
+from onnxprune.training.losses import KINDS
 
 RUN_OPTIONS = [
     click.option(
@@ -44,18 +45,6 @@ RUN_OPTIONS = [
     ),
     click.option(
         "--rounds", type=int, metavar="N", help="Rounds of cutting and tuning.  [default: 1 to a target, else 4]"
-    ),
-    click.option(
-        "--epochs", type=int, metavar="N", help="Epochs of fine-tuning in each round.  [default: about 1,000 steps]"
-    ),
-    click.option(
-        "--minutes", type=float, metavar="M", help="Time for fine-tuning, all rounds together; results then vary."
-    ),
-    click.option(
-        "--sparsify", type=int, default=0, metavar="N", help="Epochs before each cut in which what will go fades."
-    ),
-    click.option(
-        "--lr", type=float, metavar="F", help="Peak learning rate of AdamW.  [default: by the kind of network]"
     ),
     click.option(
         "--criterion",
@@ -112,10 +101,53 @@ RUN_OPTIONS = [
     click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same command."),
 ]
 
+TRAINING_OPTIONS = [
+    click.option(
+        "--epochs", type=int, metavar="N", help="Epochs of fine-tuning in each round.  [default: about 1,000 steps]"
+    ),
+    click.option(
+        "--minutes", type=float, metavar="M", help="Time for fine-tuning, all rounds together; results then vary."
+    ),
+    click.option(
+        "--sparsify", type=int, default=0, metavar="N", help="Epochs before each cut in which what will go fades."
+    ),
+    click.option(
+        "--lr", type=float, metavar="F", help="Peak learning rate of AdamW.  [default: by the kind of network]"
+    ),
+    click.option("--batch", type=int, default=64, metavar="N", help="Samples of a training step, in shards of 32."),
+    click.option(
+        "--loss", type=click.Choice(KINDS), help="On labels.  [default: cross-entropy of classes, mse of numbers]"
+    ),
+    click.option(
+        "--distillation", type=float, default=0.8, metavar="F", help="Share of the loss against the uncut model."
+    ),
+    click.option("--temperature", type=float, default=2.0, metavar="F", help="Of distillation between classes."),
+    click.option("--smoothing", type=float, default=0.0, metavar="F", help="Share of a label spread over all classes."),
+    click.option(
+        "--ema",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="Keep an average of the weights that forgets so slowly: 0.999.",
+    ),
+    click.option(
+        "--stop-after",
+        type=int,
+        metavar="N",
+        help="End fine-tuning after N epochs without a lower loss on samples held out.",
+    ),
+    click.option(
+        "--freeze",
+        multiple=True,
+        metavar="PATTERN",
+        help="Parameters of such names keep their numbers in training; repeatable.",
+    ),
+]
+
 
 @click.command("run", short_help="Prune, repair, fine-tune, check and benchmark.")
 @click.argument("model", type=click.Path(path_type=Path))
-@options(RUN_OPTIONS + IMAGE_OPTIONS)
+@options(RUN_OPTIONS + TRAINING_OPTIONS + IMAGE_OPTIONS)
 @with_json
 def run_command(model: Path, as_json: bool, **given: Any) -> int:
     """Prunes MODEL as far as the targets ask or the allowed drop permits, and fine-tunes what is left.

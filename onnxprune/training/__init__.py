@@ -1,9 +1,11 @@
 """Fine-tuning on ONNX Runtime training, in a process of its own with a copy of the runtime of its own."""
 
 from onnxprune.training.client import TrainingOptions, fine_tune, gradient_moments, minimise
+from onnxprune.training.losses import Loss
 from onnxprune.training.runtime import find_runtime, install_runtime, supported
 
 __all__ = [
+    "Loss",
     "TrainingOptions",
     "find_runtime",
     "fine_tune",

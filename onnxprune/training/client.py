@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from onnxprune.evaluate import predict
 from onnxprune.files import write_json
 from onnxprune.model import save_model
 from onnxprune.repair import reestimate_batch_norm
-from onnxprune.training.forward import LABELS, teacher_graph, trainable, training_graph, uses_batch_statistics
-from onnxprune.training.losses import plan_loss
+from onnxprune.training.forward import teacher_graph, trainable, training_graph, uses_batch_statistics
+from onnxprune.training.losses import LABELS, Loss, plan_loss
 from onnxprune.training.runtime import install_runtime
 from onnxprune.training.worker import augment
 
@@ -51,6 +51,9 @@ class TrainingOptions:
     With `seconds` training ends after that time, if not by `epochs` before, and the learning rate falls accordingly:
     the result then depends on the machine. `patience` is how many seconds without a word make a worker count as hung;
     `memory_limit` how many bytes training may take beside the runtime itself.
+    With `ema` the result is an average of the weights that forgets by this factor in each step; `stop_after` ends
+    training after so many epochs without a lower loss on held-out samples; parameters whose names match one of the
+    patterns in `freeze` stay as they are. A batch is worked on in shards, so its size doesn't decide the memory.
     """
 
     epochs: int = 3
@@ -59,7 +62,10 @@ class TrainingOptions:
     batch: int = 64
     weight_decay: float = 1e-4
     clip: float = 5.0
-    distillation: float = 0.5
+    loss: Loss = field(default_factory=Loss)
+    ema: float = 0.0
+    stop_after: int | None = None
+    freeze: tuple[str, ...] = ()
     threads: int = 2
     seed: int = 0
     checkpoint_seconds: float = 20.0
@@ -153,13 +159,13 @@ def _prepare(
 ) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    loss = plan_loss(model, data, options.distillation)
-    names = trainable(model)
+    loss = plan_loss(model, data, options.loss)
+    names = trainable(model, options.freeze)
     if not names:
         raise TrainingError("nothing in the model can be fine-tuned; use --epochs 0")
     shard, batch, held = _portions(len(data), options.batch, fixed_batch(model))
     arrays, labels = dict(data.inputs), None
-    if loss.labels != "none" and data.labels is not None:
+    if loss.labels is not None and data.labels is not None:
         arrays[LABELS] = data.labels.astype(np.int64 if loss.labels == "cross-entropy" else np.float32)
     sizes = {name: (shard, *array.shape[1:]) for name, array in arrays.items()}
     save_model(training_graph(model, loss, sizes), folder / "forward.onnx")
@@ -211,7 +217,7 @@ def _write_job(folder: Path, options: TrainingOptions, given: dict[str, Any]) ->
             name: getattr(options, name)
             for name in (
                 "epochs", "seconds", "lr", "weight_decay", "clip", "threads", "seed", "checkpoint_seconds",
-                "memory_limit",
+                "memory_limit", "ema", "stop_after",
             )
         },
         **given,
@@ -229,7 +235,7 @@ def _array_file(folder: Path, name: str, array: np.ndarray[Any, Any]) -> Path:
 def _run_worker(folder: Path, runtime: Path, options: TrainingOptions, progress: Progress) -> None:
     package = Path(__file__).resolve().parents[2]
     path = os.pathsep.join([str(runtime), str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "onnxprune.training.worker", str(folder)]
+    command = [sys.executable, "-P", "-m", "onnxprune.training.worker", str(folder)]  # nothing from the current folder
     with (folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(
             command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=log,

@@ -6,16 +6,16 @@ Only the training graph is changed; trained numbers are written back into the us
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from onnxprune.model import constant
-from onnxprune.training.losses import LossPlan, add_loss
+from onnxprune.training.losses import LABELS, LossPlan, add_loss
 from onnxprune.training.lowering import at_sizes, lower, spell_out
 
 Sizes = Mapping[str, Sequence[int]]
-LABELS = "onnxprune.labels"
 FEWEST = 8  # samples whose statistics batch normalisation can train on
 
 
@@ -64,8 +64,10 @@ def _comparing(model: ir.Model, loss: LossPlan) -> ir.Model:
     return graph
 
 
-def trainable(model: ir.Model) -> list[str]:
+def trainable(model: ir.Model, freeze: Sequence[str] = ()) -> list[str]:
     """The initializers that fine-tuning changes: weights, biases, normalisation parameters, embeddings.
+
+    Those whose names match a pattern in `freeze` are left out.
 
     Constants of the computation (masks, anchors, scale factors) look the same in a graph, so only what sits where
     parameters sit is trained.
@@ -77,7 +79,7 @@ def trainable(model: ir.Model) -> list[str]:
                 continue
             if index in PARAMETERS.get(node.op_type, ()) or _is_bias(node, value):
                 found[value.name or ""] = None
-    return list(found)
+    return [name for name in found if not any(fnmatchcase(name, pattern) for pattern in freeze)]
 
 
 PARAMETERS = {

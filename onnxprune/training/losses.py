@@ -10,43 +10,90 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxprune.data import Dataset
+from onnxprune.errors import UsageError
+from onnxprune.labels.flow import integer
 from onnxprune.shapes import add_initializer
 
-TEMPERATURE = 2.0
-Kind = Literal["cross-entropy", "mse", "none"]
+LABELS = "onnxprune.labels"  # the name of their input
+Kind = Literal["cross-entropy", "bce", "mse", "l1"]
+KINDS: tuple[Kind, ...] = ("cross-entropy", "bce", "mse", "l1")
+BEHIND = {"cross-entropy": ("Softmax", "LogSoftmax"), "bce": ("Sigmoid",)}  # what makes probabilities of the scores
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is asked of the loss: `kind` None is chosen by the labels; `distillation` is the teacher's share of it.
+
+    `smoothing` is the share of each label that is spread over all classes, `temperature` that of distillation.
+    """
+
+    kind: Kind | None = None
+    distillation: float = 0.5
+    temperature: float = 2.0
+    smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
 class LossPlan:
-    """What is minimised: a loss on labels, and a distillation loss from the uncut model.
+    """What is minimised: a loss on labels, if there are any, and a distillation loss from the uncut model.
 
-    `values` are the values compared with the teacher (class scores before a final Softmax, or the outputs).
+    `values` are the values compared with the teacher (scores before a final Softmax or Sigmoid, or the outputs);
+    classes lie along `axis` of them.
     """
 
-    labels: Kind
+    labels: Kind | None
     distillation: Literal["kl", "mse"]
     share: float  # of the distillation loss, in [0, 1]
     values: tuple[str, ...]
+    axis: int = -1
+    temperature: float = 2.0
+    smoothing: float = 0.0
 
 
-def plan_loss(model: ir.Model, data: Dataset, share: float = 0.5) -> LossPlan:
-    """The loss for a model and data: labels and distillation in equal parts, or distillation alone without labels."""
+def plan_loss(model: ir.Model, data: Dataset, asked: Loss | None = None) -> LossPlan:
+    """The loss for a model and data: labels and distillation, or distillation alone without labels.
+
+    Raises `UsageError` for a kind that the labels don't fit.
+    """
+    asked = asked or Loss()
     outputs = [value for value in model.graph.outputs if value.dtype is None or value.dtype.is_floating_point()]
-    scores = [class_scores(value) for value in outputs]
-    softmax = bool(outputs) and scores[0] is not outputs[0]
+    scores = [scores_behind(value, BEHIND["cross-entropy"]) for value in outputs]
+    settings = {"temperature": asked.temperature, "smoothing": asked.smoothing}
     if data.labels is None:
-        kind: Literal["kl", "mse"] = "kl" if softmax and len(outputs) == 1 else "mse"
-        names = [v.name or "" for v in (scores if kind == "kl" else outputs)]
-        return LossPlan("none", kind, 1.0, tuple(names))
-    if data.labels.dtype.kind == "f":
-        return LossPlan("mse", "mse", share, (outputs[0].name or "",))
-    return LossPlan("cross-entropy", "kl", share, (scores[0].name or "",))
+        if asked.kind is not None:
+            raise UsageError(f"--loss {asked.kind} needs labels, which the data lacks")
+        kind: Literal["kl", "mse"] = "kl" if len(outputs) == 1 and scores[0] is not outputs[0] else "mse"
+        names = tuple(v.name or "" for v in (scores if kind == "kl" else outputs))
+        return LossPlan(None, kind, 1.0, names, class_axis(outputs[0], None), **settings)
+    float_labels = data.labels.dtype.kind == "f"
+    labels: Kind = asked.kind or ("mse" if float_labels else "cross-entropy")
+    if (labels == "cross-entropy") == float_labels:
+        raise UsageError(f"--loss {labels} doesn't fit labels of type {data.labels.dtype}")
+    compared = scores_behind(outputs[0], BEHIND.get(labels, ()))
+    axis = class_axis(outputs[0], data.labels.shape) if labels == "cross-entropy" else -1
+    distillation: Literal["kl", "mse"] = "kl" if labels == "cross-entropy" else "mse"
+    return LossPlan(labels, distillation, asked.distillation, (compared.name or "",), axis, **settings)
 
 
-def class_scores(output: ir.Value) -> ir.Value:
-    """What a final Softmax normalises, or the output itself."""
+def class_axis(output: ir.Value, labels_shape: Sequence[int] | None) -> int:
+    """The axis of class scores: that of a final Softmax, or the one that class labels lack, the last if it can be."""
     node = output.producer()
-    if node is not None and node.op_type in ("Softmax", "LogSoftmax") and node.inputs[0] is not None:
+    if node is not None and node.op_type in BEHIND["cross-entropy"]:
+        return integer(node, "axis", -1)
+    shape = list(output.shape or ())
+    if labels_shape is None or len(shape) < 3 or len(labels_shape) != len(shape) - 1:
+        return -1
+    fits = [
+        all(a == b for a, b in zip(rest[1:], labels_shape[1:], strict=True) if isinstance(a, int))
+        for rest in (shape[:-1], [shape[0], *shape[2:]])
+    ]
+    return 1 if fits == [False, True] else -1
+
+
+def scores_behind(output: ir.Value, functions: Sequence[str]) -> ir.Value:
+    """What a final Softmax, or another of these functions, is given; else the output itself."""
+    node = output.producer()
+    if node is not None and node.op_type in functions and node.inputs[0] is not None:
         return node.inputs[0]
     return output
 
@@ -60,20 +107,17 @@ def add_loss(model: ir.Model, plan: LossPlan, labels_shape: Sequence[int] | None
     values = {value.name: value for node in graph for value in node.outputs}
     students = [values[name] for name in plan.values]
     terms: list[tuple[float, ir.Value]] = []
-    if plan.labels == "cross-entropy":
-        labels = _input(model, "onnxprune.labels", ir.DataType.INT64, labels_shape or ())
-        loss = _node(
-            model, "SoftmaxCrossEntropyLoss", [_classes_second(model, students[0], len(labels_shape or ())), labels]
-        )
-        terms.append((1 - plan.share, loss))
-    elif plan.labels == "mse":
-        labels = _input(model, "onnxprune.labels", ir.DataType.FLOAT, labels_shape or ())
-        terms.append((1 - plan.share, _mean_square(model, students[0], labels)))
+    if plan.labels is not None:
+        dtype = ir.DataType.INT64 if plan.labels == "cross-entropy" else ir.DataType.FLOAT
+        labels = _input(model, LABELS, dtype, labels_shape or ())
+        terms.append((1 - plan.share, LOSSES[plan.labels](model, students[0], labels, plan)))
     if plan.share > 0:
         for index, student in enumerate(students):
             shape = student.shape.numpy() if student.shape is not None else ()
             teacher = _input(model, f"onnxprune.teacher.{index}", ir.DataType.FLOAT, shape)
-            part = _kl(model, student, teacher) if plan.distillation == "kl" else _relative(model, student, teacher)
+            part = (
+                _kl(model, student, teacher, plan) if plan.distillation == "kl" else _relative(model, student, teacher)
+            )
             terms.append((plan.share / len(students), part))
     total: ir.Value | None = None
     for weight, term in terms:
@@ -87,24 +131,50 @@ def add_loss(model: ir.Model, plan: LossPlan, labels_shape: Sequence[int] | None
     graph.outputs.extend(students)
 
 
-def _classes_second(model: ir.Model, scores: ir.Value, label_rank: int) -> ir.Value:
-    """SoftmaxCrossEntropyLoss wants (N, C, ...): positions come before classes in (N, S, C) outputs."""
-    if label_rank < 2:
-        return scores
-    rank = label_rank + 1
-    return _node(model, "Transpose", [scores], {"perm": [0, rank - 1, *range(1, rank - 1)]})
+def _cross_entropy(model: ir.Model, scores: ir.Value, labels: ir.Value, plan: LossPlan) -> ir.Value:
+    """Of class indices; the smoothed part is the mean of -log p over all classes (Szegedy et al. 2016, section 7)."""
+    rank = len(scores.shape or ())
+    axis = plan.axis % rank
+    if axis != 1:  # the loss wants (N, C, ...)
+        scores = _node(model, "Transpose", [scores], {"perm": [0, axis, *(i for i in range(1, rank) if i != axis)]})
+    loss = _node(model, "SoftmaxCrossEntropyLoss", [scores, labels])
+    if not plan.smoothing:
+        return loss
+    spread = _node(model, "Neg", [_mean(model, _node(model, "LogSoftmax", [scores], {"axis": 1}))])
+    parts = zip((loss, spread), (1 - plan.smoothing, plan.smoothing), strict=True)
+    return _node(model, "Add", [_node(model, "Mul", [part, _constant(model, share)]) for part, share in parts])
 
 
-def _kl(model: ir.Model, student: ir.Value, teacher: ir.Value) -> ir.Value:
+def _binary(model: ir.Model, scores: ir.Value, labels: ir.Value, plan: LossPlan) -> ir.Value:
+    """Binary cross-entropy of scores before a sigmoid: max(x, 0) - x y + log(1 + exp(-|x|)), which never overflows."""
+    small = _node(model, "Exp", [_node(model, "Neg", [_node(model, "Abs", [scores])])])
+    rest = _node(model, "Log", [_node(model, "Add", [small, _constant(model, 1.0)])])
+    linear = _node(model, "Sub", [_node(model, "Relu", [scores]), _node(model, "Mul", [scores, labels])])
+    return _mean(model, _node(model, "Add", [linear, rest]))
+
+
+def _absolute(model: ir.Model, found: ir.Value, labels: ir.Value, plan: LossPlan) -> ir.Value:
+    return _mean(model, _node(model, "Abs", [_node(model, "Sub", [found, labels])]))
+
+
+def _square(model: ir.Model, found: ir.Value, labels: ir.Value, plan: LossPlan) -> ir.Value:
+    return _mean_square(model, found, labels)
+
+
+LOSSES = {"cross-entropy": _cross_entropy, "bce": _binary, "mse": _square, "l1": _absolute}
+
+
+def _kl(model: ir.Model, student: ir.Value, teacher: ir.Value, plan: LossPlan) -> ir.Value:
     """T^2 KL(teacher || student) at temperature T, mean over positions (Hinton et al. 2015, section 2)."""
-    t = _constant(model, TEMPERATURE)
-    log_q = _node(model, "LogSoftmax", [_node(model, "Div", [student, t])], {"axis": -1})
+    axis = plan.axis
+    t = _constant(model, plan.temperature)
+    log_q = _node(model, "LogSoftmax", [_node(model, "Div", [student, t])], {"axis": axis})
     cooled = _node(model, "Div", [teacher, t])
-    p, log_p = (_node(model, op, [cooled], {"axis": -1}) for op in ("Softmax", "LogSoftmax"))
+    p, log_p = (_node(model, op, [cooled], {"axis": axis}) for op in ("Softmax", "LogSoftmax"))
     products = _node(model, "Mul", [p, _node(model, "Sub", [log_p, log_q])])
-    axes = add_initializer(model, "onnxprune.kl.axes", np.array([-1], np.int64))
+    axes = add_initializer(model, "onnxprune.kl.axes", np.array([axis], np.int64))
     mean = _mean(model, _node(model, "ReduceSum", [products, axes], {"keepdims": 0}))
-    return _node(model, "Mul", [mean, _constant(model, TEMPERATURE**2)])
+    return _node(model, "Mul", [mean, _constant(model, plan.temperature**2)])
 
 
 def _relative(model: ir.Model, student: ir.Value, teacher: ir.Value) -> ir.Value:

@@ -29,7 +29,8 @@ Array = NDArray[Any]
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 WARM = 0.05  # of the training
 FADED = 0.01  # what is left of weights that fade
-MAX_BAD_STEPS = 20  # steps with a loss that isn't finite before giving up
+SAFE = 10  # steps between states that training can go back to, or resume from
+ROLLBACKS, SLOWER = 2, 0.25  # of a loss that isn't finite: how often, and what becomes of the learning rate
 
 
 def say(**event: object) -> None:
@@ -166,9 +167,10 @@ class Trainer:
         self.labels = np.load(self.job["labels"], mmap_mode="r") if self.job["labels"] else None
         self.optimizer = AdamW(self.weights, self.job["weight_decay"])
         self.fading = dict(np.load(self.job["fading"])) if self.job["fading"] else {}
-        self.best, self.lowest, self.spent = dict[str, Array](), math.inf, 0.0
+        self.average = {name: array.copy() for name, array in self.weights.items()} if self.job["ema"] else {}
+        self.best, self.lowest, self.epochs_since, self.spent = dict[str, Array](), math.inf, 0, 0.0
+        self.rollbacks = 0
         self.pool = ThreadPoolExecutor(self.job["threads"])
-        self.bad_steps = 0
         self.parent = os.getppid()
 
     @staticmethod
@@ -176,9 +178,10 @@ class Trainer:
         return onnxruntime.InferenceSession(model, options(onnxruntime), providers=["CPUExecutionProvider"])
 
     def run(self) -> None:
-        """Trains from the last checkpoint to the end, of the epochs or of the time.
+        """Trains from the last checkpoint to the end: of the epochs, of the time, or of the patience.
 
-        The result are the weights after the epoch of the lowest loss on samples that were held out.
+        The result are the weights after the epoch of the lowest loss on samples that were held out. A loss that isn't
+        finite takes training back to a state of at most ten steps before, and on at a quarter of the learning rate.
         """
         order = np.random.default_rng(self.job["seed"]).permutation(len(next(iter(self.data.values()))))
         held, samples = np.sort(order[: self.job["held"]]), order[self.job["held"] :]
@@ -186,18 +189,19 @@ class Trainer:
         per_epoch = len(samples) // size
         total, start = per_epoch * self.job["epochs"], self._restore()
         began = saved = time.monotonic()
-        before = self.spent
+        before, safe, progress = self.spent, self._state(), 0.0
         for step in range(start, total):
             epoch, index = divmod(step, per_epoch)
             shuffled = np.random.default_rng([self.job["seed"], epoch]).permutation(samples)
             chosen = np.sort(shuffled[index * size : (index + 1) * size])
             self.spent = before + time.monotonic() - began
             progress = max(step / total, self.spent / self.job["seconds"] if self.job["seconds"] else 0.0)
-            if progress >= 1:
-                self._compare(held)
+            if progress >= 1 or (self.job["stop_after"] and self.epochs_since >= self.job["stop_after"]):
                 break
             random = np.random.default_rng([self.job["seed"], epoch, index])
             loss, accuracy = self._step(self._batch(chosen, random), len(chosen), progress, step)
+            if not math.isfinite(loss):
+                self._roll_back(safe, step)
             if os.getppid() != self.parent:
                 sys.exit(1)  # the run is gone; it resumes from the last checkpoint
             if index + 1 == per_epoch:
@@ -206,20 +210,38 @@ class Trainer:
                 event="step", step=step + 1, total=total, epoch=epoch + 1, progress=max(progress, (step + 1) / total),
                 loss=loss, accuracy=accuracy,
             )  # fmt: skip
-            if time.monotonic() - saved > self.job["checkpoint_seconds"] or step + 1 == total:
-                self._save(step + 1)
-                saved = time.monotonic()
+            if (step + 1) % SAFE == 0 or step + 1 == total:
+                safe = self._state()
+                if time.monotonic() - saved > self.job["checkpoint_seconds"] or step + 1 == total:
+                    self._save(step + 1, safe)
+                    saved = time.monotonic()
+        if not self.best or progress >= 1:
+            self._compare(held)
         write_arrays(self.folder / "result.npz", self.best)
         say(event="done")
 
     def _compare(self, held: Array) -> None:
-        """Remembers the weights if their loss on samples that were held out is the lowest so far."""
-        size, losses = self.job["batch"], []
+        """Remembers the weights, or their average, if their loss on samples that were held out is the lowest so far."""
+        size, losses, weights = self.job["batch"], [], self.average or self.weights
         for rows in (held[i : i + size] for i in range(0, len(held), size)):
-            losses.append(self._gradients(self._batch(rows, None), len(rows))[0])
+            losses.append(self._gradients(self._batch(rows, None), len(rows), weights)[0])
         loss = float(np.mean(losses)) if losses else -math.inf  # the last ones, when nothing is held out
+        self.epochs_since += 1
         if not self.best or loss <= self.lowest:
-            self.best, self.lowest = {name: array.copy() for name, array in self.weights.items()}, loss
+            self.best, self.lowest = {name: array.copy() for name, array in weights.items()}, loss
+            self.epochs_since = 0
+
+    def _roll_back(self, safe: dict[str, Array], step: int) -> None:
+        """Goes back to a state that was sound. Raises `FloatingPointError` where that was done twice already."""
+        if self.rollbacks == ROLLBACKS:
+            raise FloatingPointError(
+                f"the loss wasn't finite at step {step + 1}, nor at an earlier one, however small the learning rate; "
+                "lower --lr"
+            )
+        done, kept = self.rollbacks + 1, (self.lowest, self.epochs_since, self.spent)
+        self._set(safe)
+        self.rollbacks, (self.lowest, self.epochs_since, self.spent) = done, kept
+        say(event="note", message=f"the loss wasn't finite at step {step + 1}: back, at {SLOWER**done:g} of the rate")
 
     def measure(self) -> None:
         """The mean and the mean square of each parameter's gradient over batches; nothing is trained."""
@@ -229,14 +251,16 @@ class Trainer:
         count = samples // size
         for step in range(count):
             chosen = np.arange(step * size, (step + 1) * size)
-            _, _, gradients = self._gradients(self._batch(chosen, None), len(chosen))
+            _, _, gradients = self._gradients(self._batch(chosen, None), len(chosen), self.weights)
             for name, gradient in gradients.items():
                 moments[name] += np.stack([gradient, np.square(gradient)]) / np.float32(count)
             say(event="step", step=step + 1, total=count)
         write_arrays(self.folder / "result.npz", moments)
         say(event="done")
 
-    def _gradients(self, feeds: dict[str, Array], size: int) -> tuple[float, list[Array], dict[str, Array]]:
+    def _gradients(
+        self, feeds: dict[str, Array], size: int, weights: dict[str, Array]
+    ) -> tuple[float, list[Array], dict[str, Array]]:
         """The loss of a batch, what is compared with the teacher by shard, and each parameter's gradient."""
         shards = np.array_split(np.arange(size), max(1, math.ceil(size / self.job["shard"])))
         fetched = [self.heads[0], *self.heads[1:2], *self.gradients.values()]
@@ -248,7 +272,7 @@ class Trainer:
                 for i, output in enumerate(self.teacher.run(None, inputs)):
                     shard[f"onnxprune.teacher.{i}"] = output
             wanted = {value.name for value in self.session.get_inputs()}
-            return list(self.session.run(fetched, {k: v for k, v in {**self.weights, **shard}.items() if k in wanted}))
+            return list(self.session.run(fetched, {k: v for k, v in {**weights, **shard}.items() if k in wanted}))
 
         results = list(self.pool.map(run, shards))
         shares = [np.float32(len(rows) / size) for rows in shards]
@@ -261,20 +285,19 @@ class Trainer:
         return loss, [result[1] for result in results if len(result) > 1], gradients
 
     def _step(self, feeds: dict[str, Array], size: int, progress: float, step: int) -> tuple[float, float | None]:
-        loss, scores, gradients = self._gradients(feeds, size)
+        loss, scores, gradients = self._gradients(feeds, size, self.weights)
         norm = math.sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in gradients.values()))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.bad_steps += 1
-            if self.bad_steps > MAX_BAD_STEPS:
-                raise FloatingPointError(f"the loss was not finite in {self.bad_steps} steps; lower --lr")
-            return loss, None
+            return math.nan, None
         scale = np.float32(min(1.0, self.job["clip"] / max(norm, 1e-12)))
-        rate = learning_rate(progress, self.job["lr"])
+        rate = learning_rate(progress, self.job["lr"]) * SLOWER**self.rollbacks
         self.optimizer.step({name: g * scale for name, g in gradients.items()}, rate)
         if progress > 0:
             left = np.float32(FADED ** (2 * progress * progress / max(step, 1)))  # the product of all is FADED
             for name, where in self.fading.items():
                 self.weights[name][where] *= left
+        for name, array in self.average.items():
+            array += np.float32(1 - self.job["ema"]) * (self.weights[name] - array)
         return loss, self._accuracy(feeds, scores)
 
     def _batch(self, chosen: Array, rng: np.random.Generator | None) -> dict[str, Array]:
@@ -293,28 +316,33 @@ class Trainer:
             return None
         return float((np.concatenate(scores).argmax(-1) == labels).mean())
 
-    def _save(self, step: int) -> None:
-        state = {f"w:{name}": array for name, array in self.weights.items()}
-        state |= {f"m:{name}": array for name, array in self.optimizer.first.items()}
-        state |= {f"v:{name}": array for name, array in self.optimizer.second.items()}
-        state |= {f"b:{name}": array for name, array in self.best.items()}
-        counts = np.array([step, self.optimizer.step_count, self.bad_steps])
-        measures = np.array([self.lowest, self.spent])
-        write_arrays(self.folder / "checkpoint.npz", {**state, "counts": counts, "measures": measures})
+    def _state(self) -> dict[str, Array]:
+        """A copy of everything that changes, by name."""
+        kinds = {"w": self.weights, "m": self.optimizer.first, "v": self.optimizer.second, "a": self.average}
+        arrays = {f"{kind}:{name}": array.copy() for kind, held in kinds.items() for name, array in held.items()}
+        counts = np.array([self.optimizer.step_count, self.rollbacks, self.epochs_since])
+        return {**arrays, "counts": counts, "measures": np.array([self.lowest, self.spent])}
+
+    def _set(self, state: dict[str, Array]) -> None:
+        kinds = {"w": self.weights, "m": self.optimizer.first, "v": self.optimizer.second, "a": self.average}
+        for kind, held in kinds.items():
+            for name, array in held.items():
+                array[...] = state[f"{kind}:{name}"]
+        self.optimizer.step_count, self.rollbacks, self.epochs_since = (int(x) for x in state["counts"])
+        self.lowest, self.spent = (float(x) for x in state["measures"])
+
+    def _save(self, step: int, state: dict[str, Array]) -> None:
+        best = {f"b:{name}": array for name, array in self.best.items()}
+        write_arrays(self.folder / "checkpoint.npz", {**state, **best, "step": np.array(step)})
 
     def _restore(self) -> int:
         path = self.folder / "checkpoint.npz"
         if not path.exists():
             return 0
         with np.load(path) as state:
-            for name in self.weights:
-                self.weights[name][...] = state[f"w:{name}"]
-                self.optimizer.first[name][...] = state[f"m:{name}"]
-                self.optimizer.second[name][...] = state[f"v:{name}"]
+            self._set(state)
             self.best = {name: state[f"b:{name}"] for name in self.weights if f"b:{name}" in state}
-            step, self.optimizer.step_count, self.bad_steps = (int(x) for x in state["counts"])
-            self.lowest, self.spent = (float(x) for x in state["measures"])
-        return step
+            return int(state["step"])
 
 
 def write_arrays(path: Path, arrays: dict[str, Array]) -> None:
