@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,12 +212,26 @@ def _check_labels(labels: Array, model: ir.Model, source: str) -> None:
         return
     if labels.dtype.kind not in "iu":
         raise DataError(f"{where} is {labels.dtype}; give class indices (int64) or float targets")
-    shape = model.graph.outputs[0].shape
-    last = shape[-1] if shape is not None and len(shape) else None
-    classes = last if isinstance(last, int) else None
+    shape = list(model.graph.outputs[0].shape or ())
+    size = shape[class_axis(shape, labels.shape)] if shape else None
+    classes = size if isinstance(size, int) else None
     if labels.size and (labels.min() < 0 or (classes is not None and labels.max() >= classes)):
         known = f"0 to {classes - 1}" if classes is not None else "0 or more"
         raise DataError(f"{where} goes from {labels.min()} to {labels.max()}, but the model's classes are {known}")
+
+
+def class_axis(shape: Sequence[Any], labels_shape: Sequence[int]) -> int:
+    """The axis of class scores: the last, or 1 where only that is the one that class labels lack (N, C, height, width).
+
+    Dimensions of `shape` that aren't numbers fit any.
+    """
+    if len(shape) < 3 or len(labels_shape) != len(shape) - 1:
+        return -1
+
+    def fits(sizes: Sequence[Any]) -> bool:
+        return all(not isinstance(a, int) or a == b for a, b in zip(sizes, labels_shape[1:], strict=True))
+
+    return 1 if fits(shape[2:]) and not fits(shape[1:-1]) else -1
 
 
 def fixed_batch(model: ir.Model) -> int | None:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxprune.data import Dataset
+from onnxprune.data import Dataset, class_axis
 from onnxprune.evaluate import METRICS, Metric, log_probabilities, predict
 
 FOLDS = 10  # disjoint parts of the data, from whose drops the error of the whole is told
@@ -49,13 +49,20 @@ class Judge:
 
     @cached_property
     def _reference(self) -> Arrays:
-        return predict(self.baseline, self.evaluation, self.threads)
+        return self._outputs(self.baseline, self.evaluation)
+
+    def _outputs(self, model: ir.Model, data: Dataset) -> Arrays:
+        """What a model says, with class scores along the last axis of the first output."""
+        outputs, labels = predict(model, data, self.threads), data.labels
+        if labels is not None and labels.dtype.kind != "f" and class_axis(outputs[0].shape, labels.shape) == 1:
+            outputs[0] = np.moveaxis(outputs[0], 1, -1)
+        return outputs
 
     def measure(self, model: ir.Model, limit: int | None = None) -> Verdict:
         """The verdict on all of the evaluation data, or on its first `limit` samples."""
         data = self.evaluation.take(slice(0, limit))
         reference = [array[:limit] for array in self._reference]
-        outputs = predict(model, data, self.threads)
+        outputs = self._outputs(model, data)
         value, drop = self._drop(outputs, data.labels, reference)
         cosine, parts = METRICS["cosine"].compute(outputs, None, reference), list[float]()
         if len(data) >= FOLDS and all(len(array) == len(data) for array in outputs):

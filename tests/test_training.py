@@ -15,9 +15,10 @@ import onnx_ir as ir
 import pytest
 
 from onnxprune.cut import cut
-from onnxprune.data import Dataset, load_data, random_inputs
-from onnxprune.errors import TrainingError, UsageError
-from onnxprune.evaluate import log_probabilities, predict, relative_difference, run_model
+from onnxprune.data import Dataset, check_data, load_data, random_inputs
+from onnxprune.errors import DataError, TrainingError, UsageError
+from onnxprune.evaluate import find_metric, log_probabilities, predict, relative_difference, run_model
+from onnxprune.judge import Judge
 from onnxprune.labels import analyse
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
@@ -339,9 +340,7 @@ def test_losses_on_labels(name: str) -> None:
     x = random_inputs(model, seed=0, batch=5)["x"]
     y = run_model(model, {"x": x})[0].astype(np.float64)
     axis = 1 if "map" in name else -1
-    targets: np.ndarray = (
-        rng.random(y.shape) if asked.get("kind") else rng.integers(0, 4, y.max(axis).shape)
-    )
+    targets: np.ndarray = rng.random(y.shape) if asked.get("kind") else rng.integers(0, 4, y.max(axis).shape)
     log_p = y - np.log(np.exp(y).sum(axis, keepdims=True))
     if name == "binary":
         expected = -(targets * np.log(y) + (1 - targets) * np.log(1 - y)).mean()
@@ -355,6 +354,18 @@ def test_losses_on_labels(name: str) -> None:
     feeds = {"x": x, "onnxprune.labels": labels}
     found = run_model(training_graph(model, plan, {name: array.shape for name, array in feeds.items()}), feeds)[0]
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_maps_of_class_scores_are_judged_by_position() -> None:
+    model = graph("(float[N,6,3,5] x, float[4,6,1,1] w) => (float[N,4,3,5] y) { y = Conv(x, w) }")
+    x = random_inputs(model, seed=0, batch=20)["x"]
+    labels = run_model(model, {"x": x})[0].argmax(1)
+    labels[:5] = (labels[:5] + 1) % 4
+    data = check_data({"x": x, "labels": labels}, model)
+    verdict = Judge(model, data, find_metric(None, data), None, True).measure(model)
+    assert verdict.value == 75.0 and verdict.drop == 0
+    with pytest.raises(DataError, match="classes are 0 to 3"):
+        check_data({"x": x, "labels": labels + 1}, model)
 
 
 def test_a_loss_that_labels_do_not_fit() -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune.data import Dataset
+from onnxprune.data import Dataset, class_axis
 from onnxprune.errors import UsageError
 from onnxprune.labels.flow import integer
 from onnxprune.shapes import add_initializer
@@ -64,30 +64,23 @@ def plan_loss(model: ir.Model, data: Dataset, asked: Loss | None = None) -> Loss
             raise UsageError(f"--loss {asked.kind} needs labels, which the data lacks")
         kind: Literal["kl", "mse"] = "kl" if len(outputs) == 1 and scores[0] is not outputs[0] else "mse"
         names = tuple(v.name or "" for v in (scores if kind == "kl" else outputs))
-        return LossPlan(None, kind, 1.0, names, class_axis(outputs[0], None), **settings)
+        return LossPlan(None, kind, 1.0, names, _class_axis(outputs[0], None), **settings)
     float_labels = data.labels.dtype.kind == "f"
     labels: Kind = asked.kind or ("mse" if float_labels else "cross-entropy")
     if (labels == "cross-entropy") == float_labels:
         raise UsageError(f"--loss {labels} doesn't fit labels of type {data.labels.dtype}")
     compared = scores_behind(outputs[0], BEHIND.get(labels, ()))
-    axis = class_axis(outputs[0], data.labels.shape) if labels == "cross-entropy" else -1
+    axis = _class_axis(outputs[0], data.labels.shape) if labels == "cross-entropy" else -1
     distillation: Literal["kl", "mse"] = "kl" if labels == "cross-entropy" else "mse"
     return LossPlan(labels, distillation, asked.distillation, (compared.name or "",), axis, **settings)
 
 
-def class_axis(output: ir.Value, labels_shape: Sequence[int] | None) -> int:
-    """The axis of class scores: that of a final Softmax, or the one that class labels lack, the last if it can be."""
+def _class_axis(output: ir.Value, labels_shape: Sequence[int] | None) -> int:
+    """The axis of class scores: that of a final Softmax, or as the labels have it, or the last."""
     node = output.producer()
     if node is not None and node.op_type in BEHIND["cross-entropy"]:
         return integer(node, "axis", -1)
-    shape = list(output.shape or ())
-    if labels_shape is None or len(shape) < 3 or len(labels_shape) != len(shape) - 1:
-        return -1
-    fits = [
-        all(a == b for a, b in zip(rest[1:], labels_shape[1:], strict=True) if isinstance(a, int))
-        for rest in (shape[:-1], [shape[0], *shape[2:]])
-    ]
-    return 1 if fits == [False, True] else -1
+    return class_axis(list(output.shape or ()), labels_shape or ())
 
 
 def scores_behind(output: ir.Value, functions: Sequence[str]) -> ir.Value:
