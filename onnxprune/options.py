@@ -11,6 +11,7 @@ from onnxprune.score import Scope
 from onnxprune.select import Keep
 from onnxprune.threshold import INITIAL, Schedule
 from onnxprune.training.losses import Kind, Loss
+from onnxprune.training.runtime import Trainer
 
 Controller = Literal["bisect", "published"]
 RESOURCES = ("macs", "params", "size")
@@ -54,6 +55,7 @@ class RunOptions:
     threads: int | None = None
     memory: int | None = None
     seed: int = 0
+    trainer: Trainer = "auto"
     loss: Kind | None = None
     distillation: float = 0.8
     temperature: float = 2.0

@@ -57,7 +57,7 @@ from onnxprune.threshold import (
     published_tau,
     reach,
 )
-from onnxprune.training import TrainingOptions, fine_tune, install_runtime
+from onnxprune.training import TrainingOptions, fine_tune, prepare_trainer
 from onnxprune.training.client import choose_augmentation
 from onnxprune.training.worker import write_arrays
 from onnxprune.units import Units, chosen_units, fading_parts, find_units, granularity_for, prunable
@@ -279,7 +279,7 @@ class Run:
         started = time.monotonic()
         state, records, failure = self._without_layers(), list[Record](), None
         if self.epochs or self.options.sparsify:
-            install_runtime(say=self.listener.note)  # before any work: it may not exist for this platform
+            prepare_trainer(self.options.trainer, self.listener.note)  # before any work: it may not be had here
         self.listener.stage("measuring the uncut model")
         try:
             while (proposal := self._propose(state, records)) is not None:
@@ -544,6 +544,7 @@ class Run:
         assert self.train is not None
         what = f"round {number}: {'making sparse' if fading else 'fine-tuning'}"
         options = TrainingOptions(
+            trainer=self.options.trainer,
             epochs=epochs,
             seconds=seconds,
             lr=self.options.lr or default_rate(model),

@@ -131,6 +131,14 @@ ROWS: dict[str, tuple[str, int]] = {
         " { h = Conv(x, w) p = SpaceToDepth<blocksize=2>(h) y = Conv(p, v) }",
         21,
     ),
+    "einsum": (
+        '(float[N,3,6] x, float[6,2,4] w, float[3,4,5] v) => (float[N,2,5,3] y) '
+        '{ h = Einsum<equation="nsc,chd->nhsd">(x, w) y = Einsum<equation="...hsd,sde->...hes">(h, v) }',
+        21,
+    ),
+    "einsum, summed alone": (
+        '(float[N,3,6] x, float[6,4] w) => (float[4,N] y) { y = Einsum<equation="nsc,cd->dn">(x, w) }', 21,
+    ),
     "instance norm": (on_map("p = InstanceNormalization<epsilon=0.01>(h, s, b)"), 21),
     "group norm": (on_map("p = GroupNormalization<num_groups=2>(h, s, b)"), 21),
     "layer norm without bias": (on_row("p = LayerNormalization(h, s)"), 21),
@@ -165,30 +173,37 @@ def test_a_lowered_graph_computes_the_same(name: str) -> None:
         assert relative_difference(before, after) < 1e-5
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of all rows, in which one worker process left the gradients of the distillation loss."""
-    folder, runtime = tmp_path_factory.mktemp("rows"), find_runtime()
-    assert runtime is not None
-    for index, name in enumerate(ROWS):
-        model, data = case(name)
-        options = TrainingOptions(batch=len(data), threads=1)
-        client._prepare(model, shifted(model), data, folder / str(index), options, {"task": "gradients"})
-    code = """
+CODE = """
 import sys, traceback
 from pathlib import Path
 from onnxprune.training import worker
 modules = worker.import_runtime()
 for each in map(Path, sys.argv[1:]):
+    if (each / "failure").exists():
+        continue
     try:
         worker.Trainer(each, *modules).measure()
     except Exception:
         (each / "failure").write_text(traceback.format_exc())
 """
-    path = os.pathsep.join([str(runtime), str(ROOT)])
-    command = [sys.executable, "-c", code, *(str(folder / str(index)) for index in range(len(ROWS)))]
+
+
+@pytest.fixture(scope="module", params=["ort", "graph"])
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of all rows, in which one worker process left the gradients of the distillation loss."""
+    folder, runtime = tmp_path_factory.mktemp("rows"), find_runtime()
+    folders = {name: folder / str(index) for index, name in enumerate(ROWS)}
+    for name, place in folders.items():
+        model, data = case(name)
+        options = TrainingOptions(request.param, batch=len(data), threads=1)
+        try:
+            client._prepare(model, shifted(model), data, place, options, {"task": "gradients"})
+        except TrainingError as error:
+            (place / "failure").write_text(str(error))
+    path = os.pathsep.join([str(runtime)] * (request.param == "ort") + [str(ROOT)])
+    command = [sys.executable, "-P", "-c", CODE, *map(str, folders.values())]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, check=True, cwd=folder)
-    return {name: folder / str(index) for index, name in enumerate(ROWS)}
+    return folders
 
 
 def shifted(model: ir.Model) -> ir.Model:

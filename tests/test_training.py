@@ -280,6 +280,25 @@ def test_one_sample_whose_loss_is_not_finite_takes_training_back_and_on(tmp_path
 
 
 @needs_training
+@pytest.mark.parametrize("name", NAMES)
+def test_both_trainers_agree(name: str, tmp_path: Path) -> None:
+    """Losses over 20 steps within 1e-3, and the weights at the end."""
+    model = load(name)
+    losses, weights = [], []
+    for trainer in ("ort", "graph"):
+        student, events = damaged(model), list[dict[str, Any]]()
+        options = TrainingOptions(trainer, epochs=5, lr=1e-3)  # type: ignore[arg-type]
+        fine_tune(student, model, digits(model), tmp_path / trainer, options, progress=events.append)
+        losses.append([event["loss"] for event in events if event["event"] == "step"])
+        weights.append(numbers(student))
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(losses[0], losses[1], atol=1e-3, rtol=1e-3)
+    # Adam takes whole steps along gradients that are next to nothing, whose sign is rounding: all but few agree
+    apart = [np.abs(weights[1][n] - a) > 1e-3 * np.abs(a).max() + 1e-4 for n, a in weights[0].items()]
+    assert np.mean(np.concatenate([each.ravel() for each in apart])) < 0.05
+
+
+@needs_training
 def test_frozen_parameters_keep_their_numbers(tmp_path: Path) -> None:
     model = load("digits_mlp")
     student = damaged(model)
@@ -374,6 +393,18 @@ def test_a_loss_that_labels_do_not_fit() -> None:
     for kind, labels in (("bce", np.zeros(2, np.int64)), ("cross-entropy", np.zeros((2, 4), np.float32)), ("l1", None)):
         with pytest.raises(UsageError, match=f"--loss {kind}"):
             plan_loss(model, Dataset({"x": x}, labels), Loss(kind))  # type: ignore[arg-type]
+
+
+def test_where_there_is_no_wheel_the_other_trainer_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert runtime.choose_trainer("auto") == ("ort" if runtime.supported() else "graph")
+    monkeypatch.setattr(runtime, "here", lambda: ("3.13", "Linux-aarch64"))
+    monkeypatch.setattr(runtime, "runtime_folder", lambda: tmp_path / "none")
+    model = load("digits_mlp")
+    student = damaged(model)
+    before = loss_of(student, model, digits(model))
+    fine_tune(student, model, digits(model), tmp_path / "job", TrainingOptions(epochs=5))
+    assert loss_of(student, model, digits(model)) < 0.8 * before
+    assert (tmp_path / "job" / "backward.onnx").exists()
 
 
 def test_a_platform_without_a_wheel_is_told_what_works(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -103,6 +103,12 @@ RUN_OPTIONS = [
 
 TRAINING_OPTIONS = [
     click.option(
+        "--trainer",
+        type=click.Choice(["auto", "ort", "graph"]),
+        default="auto",
+        help="ONNX Runtime training, or gradients as ONNX nodes, which run wherever onnxruntime does.",
+    ),
+    click.option(
         "--epochs", type=int, metavar="N", help="Epochs of fine-tuning in each round.  [default: about 1,000 steps]"
     ),
     click.option(

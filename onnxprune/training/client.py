@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from onnxprune.data import Dataset, fixed_batch, model_inputs
@@ -25,10 +26,11 @@ from onnxprune.evaluate import predict
 from onnxprune.files import write_json
 from onnxprune.model import save_model
 from onnxprune.repair import reestimate_batch_norm
+from onnxprune.training.backward import gradient_model
 from onnxprune.training.forward import teacher_graph, trainable, training_graph, uses_batch_statistics
 from onnxprune.training.losses import LABELS, Loss, plan_loss
-from onnxprune.training.runtime import install_runtime
-from onnxprune.training.worker import augment
+from onnxprune.training.runtime import Trainer, choose_trainer, prepare_trainer
+from onnxprune.training.worker import augment, write_arrays
 
 HELD_OUT = 512  # samples by which the best epoch is chosen, at most
 SHARD = 32  # samples a thread works on at a time; batch statistics are taken over them
@@ -46,7 +48,7 @@ class WorkerDiedError(TrainingError):
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to fine-tune.
+    """How to fine-tune, and by which `trainer` (see `choose_trainer`).
 
     With `seconds` training ends after that time, if not by `epochs` before, and the learning rate falls accordingly:
     the result then depends on the machine. `patience` is how many seconds without a word make a worker count as hung;
@@ -56,6 +58,7 @@ class TrainingOptions:
     patterns in `freeze` stay as they are. A batch is worked on in shards, so its size doesn't decide the memory.
     """
 
+    trainer: Trainer = "auto"
     epochs: int = 3
     seconds: float | None = None
     lr: float = 1e-3
@@ -94,7 +97,7 @@ def fine_tune(
     run that was not interrupted. Raises `TrainingError` when the worker fails, dies, hangs or is out of memory; `model`
     is then unchanged.
     """
-    runtime = install_runtime(say=lambda line: progress({"event": "note", "message": line}))
+    runtime = prepare_trainer(options.trainer, lambda line: progress({"event": "note", "message": line}))
     if not (folder / "job.json").exists():
         _prepare(model, teacher, data, folder, options, augmentation or {}, fading)
     for name, array in _work(folder, runtime, options, progress).items():
@@ -110,7 +113,7 @@ def gradient_moments(
 
     Float32 arrays of shape (2, *parameter's). Nothing is trained. Raises `TrainingError` as `fine_tune` does.
     """
-    runtime = install_runtime()
+    runtime = prepare_trainer(options.trainer)
     options = replace(options, batch=fixed_batch(model) or SHARD)
     _prepare(model, model, data, folder, options, {"task": "gradients"})
     return _work(folder, runtime, options, lambda event: None)
@@ -124,16 +127,18 @@ def minimise(
     The graph's only input is given the numbers from 0 to `count`, shard by shard, in int64: it can look things up by
     them. Raises `TrainingError` as `fine_tune` does.
     """
-    runtime = install_runtime(say=lambda line: progress({"event": "note", "message": line}))
+    runtime = prepare_trainer(options.trainer, lambda line: progress({"event": "note", "message": line}))
     folder.mkdir(parents=True)
-    save_model(graph, folder / "forward.onnx")
+    differentiated = _save_graph(graph, names, folder, options.trainer)
     name = graph.graph.inputs[0].name or ""
     inputs = {name: str(_array_file(folder, "input0", np.arange(count)))}
-    _write_job(folder, options, {"trainable": names, "inputs": inputs, "batch": count})
+    _write_job(folder, options, {**differentiated, "inputs": inputs, "batch": count})
     return _work(folder, runtime, options, progress)
 
 
-def _work(folder: Path, runtime: Path, options: TrainingOptions, progress: Progress) -> dict[str, np.ndarray[Any, Any]]:
+def _work(
+    folder: Path, runtime: Path | None, options: TrainingOptions, progress: Progress
+) -> dict[str, np.ndarray[Any, Any]]:
     """The arrays that a job's worker leaves, which is started again where it dies."""
     for attempt in range(RESTARTS + 1):
         if (folder / "result.npz").exists():
@@ -168,14 +173,14 @@ def _prepare(
     if loss.labels is not None and data.labels is not None:
         arrays[LABELS] = data.labels.astype(np.int64 if loss.labels == "cross-entropy" else np.float32)
     sizes = {name: (shard, *array.shape[1:]) for name, array in arrays.items()}
-    save_model(training_graph(model, loss, sizes), folder / "forward.onnx")
+    plain = choose_trainer(options.trainer) == "graph"
+    differentiated = _save_graph(training_graph(model, loss, sizes, plain), names, folder, options.trainer)
     save_model(teacher_graph(teacher, loss), folder / "teacher.onnx")
     files = {name: str(_array_file(folder, f"input{i}", array)) for i, (name, array) in enumerate(arrays.items())}
     labels = files.pop(LABELS, None)
     if fading:
         np.savez(folder / "fading.npz", **{name: where for name, where in fading.items() if name in names})  # type: ignore[arg-type]
     job = {
-        "trainable": names,
         "inputs": files,
         "labels": labels,
         "distil": loss.share > 0,
@@ -183,9 +188,22 @@ def _prepare(
         "batch": batch,
         "held": held,
         "fading": str((folder / "fading.npz").resolve()) if fading else None,
+        **differentiated,
         **augmentation,
     }
     _write_job(folder, options, job)
+
+
+def _save_graph(graph: ir.Model, names: list[str], folder: Path, trainer: Trainer) -> dict[str, Any]:
+    """Leaves the weights, and the graph that the worker differentiates, or the one that is; what a job says of it."""
+    weights = {name: graph.graph.initializers[name].const_value.numpy() for name in names}  # type: ignore[union-attr]
+    write_arrays(folder / "weights.npz", weights)
+    if choose_trainer(trainer) == "ort":
+        save_model(graph, folder / "forward.onnx")
+        return {}
+    proto, heads, gradients = gradient_model(graph, names)
+    onnx.save(proto, folder / "backward.onnx")
+    return {"heads": heads, "gradients": gradients}
 
 
 def _portions(samples: int, batch: int, fixed: int | None) -> tuple[int, int, int]:
@@ -232,9 +250,9 @@ def _array_file(folder: Path, name: str, array: np.ndarray[Any, Any]) -> Path:
     return path
 
 
-def _run_worker(folder: Path, runtime: Path, options: TrainingOptions, progress: Progress) -> None:
+def _run_worker(folder: Path, runtime: Path | None, options: TrainingOptions, progress: Progress) -> None:
     package = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(runtime), str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join(str(place) for place in (runtime, package, os.environ.get("PYTHONPATH")) if place)
     command = [sys.executable, "-P", "-m", "onnxprune.training.worker", str(folder)]  # nothing from the current folder
     with (folder / "worker.log").open("wb") as log:
         process = subprocess.Popen(

@@ -19,16 +19,16 @@ Sizes = Mapping[str, Sequence[int]]
 FEWEST = 8  # samples whose statistics batch normalisation can train on
 
 
-def training_graph(model: ir.Model, loss: LossPlan, sizes: Sizes) -> ir.Model:
+def training_graph(model: ir.Model, loss: LossPlan, sizes: Sizes, plain: bool = False) -> ir.Model:
     """A copy of a model whose first output is the loss and whose operators all have gradients.
 
     `sizes` are the shapes of its inputs, and of the labels where there are any. Where these are fewer than eight
-    samples, batch normalisation keeps the statistics it has.
+    samples, batch normalisation keeps the statistics it has. `plain` graphs have no operator of several outputs.
     Raises `TrainingError`, naming the node, for what can't be trained.
     """
     graph, shapes = at_sizes(spell_out(model.clone()), sizes, trainable(model))
     add_loss(graph, loss, sizes.get(LABELS))
-    lower(graph, shapes, uses_batch_statistics(model, next(iter(sizes.values()))[0]))
+    lower(graph, shapes, uses_batch_statistics(model, next(iter(sizes.values()))[0]), plain)
     return graph
 
 
@@ -87,6 +87,7 @@ PARAMETERS = {
     "ConvTranspose": (1, 2),
     "Gemm": (1, 2),
     "MatMul": (0, 1),
+    "Einsum": (0, 1),
     "BatchNormalization": (1, 2),
     "LayerNormalization": (1, 2),
     "InstanceNormalization": (1, 2),

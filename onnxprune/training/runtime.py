@@ -16,11 +16,13 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import platformdirs
 
 from onnxprune.errors import TrainingError
 
+Trainer = Literal["auto", "ort", "graph"]
 VERSION = "1.19.2"
 PACKAGE = "onnxruntime-training-cpu"
 HASHES = {  # (Python, system) -> SHA-256 of the wheel of VERSION
@@ -44,6 +46,19 @@ def here() -> tuple[str, str]:
 def supported() -> bool:
     """Whether a training runtime exists for this interpreter and system."""
     return here() in HASHES
+
+
+def choose_trainer(asked: Trainer) -> Literal["ort", "graph"]:
+    """What trains: ONNX Runtime training, or gradients as plain nodes on the user's onnxruntime where there is none."""
+    return asked if asked != "auto" else "ort" if supported() else "graph"
+
+
+def prepare_trainer(asked: Trainer, say: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The training runtime's folder, installed if it must be; None for the trainer that needs none.
+
+    Raises `TrainingError` as `install_runtime` does.
+    """
+    return install_runtime(say=say) if choose_trainer(asked) == "ort" else None
 
 
 def runtime_folder() -> Path:
@@ -70,7 +85,7 @@ def install_runtime(wheel: Path | None = None, say: Callable[[str], None] = lamb
     if not supported():
         raise TrainingError(
             f"fine-tuning isn't available on Python {python}, {system}: {PACKAGE} {VERSION} has wheels for Python 3.11 "
-            f"and 3.12 on Linux x86-64, Windows and macOS only; {WITHOUT}"
+            f"and 3.12 on Linux x86-64, Windows and macOS only; use --trainer graph, or --epochs 0"
         )
     folder = runtime_folder()
     try:

@@ -39,9 +39,14 @@ def say(**event: object) -> None:
 
 
 def import_runtime() -> tuple[Any, Any]:
-    """onnxruntime and its artifacts module; its training package's own __init__ would want PyTorch."""
+    """onnxruntime and, where it is the training runtime, its artifacts module.
+
+    That package's own __init__ would want PyTorch.
+    """
     import onnxruntime
 
+    if not os.path.isdir(os.path.join(os.path.dirname(onnxruntime.__file__), "training", "onnxblock")):
+        return onnxruntime, None
     package = types.ModuleType("onnxruntime.training")
     package.__path__ = [os.path.join(os.path.dirname(onnxruntime.__file__), "training")]
     sys.modules["onnxruntime.training"] = package
@@ -98,6 +103,17 @@ def gradient_graph(path: Path) -> tuple[onnx.ModelProto, list[str], dict[str, st
     return model, heads, gradients
 
 
+def differentiated(folder: Path, artifacts: Any, names: list[str]) -> tuple[onnx.ModelProto, list[str], dict[str, str]]:
+    """The gradient graph of `forward.onnx` for these parameters, as `gradient_graph` returns it."""
+    scratch = folder / "artifacts"
+    scratch.mkdir(exist_ok=True)
+    artifacts.generate_artifacts(
+        onnx.load(str(folder / "forward.onnx")), requires_grad=names, frozen_params=[], loss=None,
+        artifact_directory=str(scratch),
+    )  # fmt: skip
+    return gradient_graph(scratch / "training_model.onnx")
+
+
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2); vectors and scalars don't decay."""
 
@@ -152,16 +168,13 @@ class Trainer:
 
     def __init__(self, folder: Path, onnxruntime: Any, artifacts: Any) -> None:
         self.folder, self.job = folder, json.loads((folder / "job.json").read_text())
-        forward = onnx.load(str(folder / "forward.onnx"))
-        stored = {tensor.name: tensor for tensor in forward.graph.initializer}
-        self.weights = {name: onnx.numpy_helper.to_array(stored[name]).copy() for name in self.job["trainable"]}
-        scratch = folder / "artifacts"
-        scratch.mkdir(exist_ok=True)
-        artifacts.generate_artifacts(
-            forward, requires_grad=self.job["trainable"], frozen_params=[], loss=None, artifact_directory=str(scratch)
-        )
-        model, self.heads, self.gradients = gradient_graph(scratch / "training_model.onnx")
-        self.session = self._session(onnxruntime, model.SerializeToString())
+        self.weights = dict(np.load(folder / "weights.npz"))
+        if artifacts is not None:
+            model, self.heads, self.gradients = differentiated(folder, artifacts, list(self.weights))
+            self.session = self._session(onnxruntime, model.SerializeToString())
+        else:
+            self.heads, self.gradients = self.job["heads"], self.job["gradients"]
+            self.session = self._session(onnxruntime, str(folder / "backward.onnx"))
         self.teacher = self._session(onnxruntime, str(folder / "teacher.onnx")) if self.job["distil"] else None
         self.data = {name: np.load(path, mmap_mode="r") for name, path in self.job["inputs"].items()}
         self.labels = np.load(self.job["labels"], mmap_mode="r") if self.job["labels"] else None

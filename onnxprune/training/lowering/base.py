@@ -28,13 +28,14 @@ def lowering(*operators: str) -> Callable[[Lowering], Lowering]:
     return register
 
 
-def lower(graph: ir.Model, shapes: Shapes, batch_statistics: bool = True) -> None:
+def lower(graph: ir.Model, shapes: Shapes, batch_statistics: bool = True, plain: bool = False) -> None:
     """Rewrites, in place, what has no gradient; batch normalisation uses its batch's statistics, or its own.
 
+    In a `plain` graph, whose gradient is to be made of ONNX operators, no operator is given outputs for it to read.
     Raises `TrainingError` for what can't be rewritten.
     """
     common.RemoveUnusedNodesPass()(graph)  # before lowering: it would take away outputs that gradients need
-    lowerer = Lowerer(graph, shapes, batch_statistics)
+    lowerer = Lowerer(graph, shapes, batch_statistics, plain)
     for node in list(graph.graph):
         if (row := LOWERINGS.get(node.op_type)) is not None and node.domain == "":
             row(lowerer, node)
@@ -43,8 +44,9 @@ def lower(graph: ir.Model, shapes: Shapes, batch_statistics: bool = True) -> Non
 class Lowerer:
     """Builds nodes in front of the one that they replace."""
 
-    def __init__(self, model: ir.Model, shapes: Shapes, batch_statistics: bool) -> None:
-        self.model, self.shapes, self.batch_statistics = model, shapes, batch_statistics
+    def __init__(self, model: ir.Model, shapes: Shapes, batch_statistics: bool, plain: bool) -> None:
+        self.model, self.shapes = model, shapes
+        self.batch_statistics, self.plain = batch_statistics, plain
         self.opset = model.opset_imports.get("", 0)
         self.count = 0
 

@@ -15,19 +15,36 @@ from onnxprune.training.lowering.base import Lowerer, attribute, first, lowering
 @lowering("BatchNormalization")
 def _batch_norm(lower: Lowerer, node: ir.Node) -> None:
     """Batch statistics, which its gradient needs as outputs; or a scale and a shift by the statistics it has."""
-    if lower.batch_statistics:
+    if lower.batch_statistics and not lower.plain:
         node.attributes["training_mode"] = ir.AttrInt64("training_mode", 1)
         _name_outputs(node, "mean", "var")
         return
     x, gamma, beta, mean, variance = node.inputs
     assert x is not None and gamma is not None and beta is not None
+    rank = len(lower.sizes(node, x))
+    if lower.batch_statistics:
+        _standardised(lower, node, (x, gamma, beta), [0, *range(2, rank)])
+        return
+    along = [1, -1] + [1] * (rank - 2)
     deviation = np.sqrt(_array(lower, node, variance) + attribute(node, "epsilon", 1e-5))
     scale = lower.add(node, "Div", [gamma, lower.constant(node, deviation.astype(np.float32))])
     moved = lower.add(node, "Mul", [scale, lower.constant(node, _array(lower, node, mean).astype(np.float32))])
     shift = lower.add(node, "Sub", [beta, moved])
-    along = [1, -1] + [1] * (len(lower.sizes(node, x)) - 2)
     scaled = lower.add(node, "Mul", [x, lower.reshape(node, scale, *along)])
     lower.replace(node, "Add", [scaled, lower.reshape(node, shift, *along)])
+
+
+def _standardised(lower: Lowerer, node: ir.Node, inputs: tuple[ir.Value, ir.Value, ir.Value], axes: list[int]) -> None:
+    """scale (x - mean) / sqrt(variance + epsilon) + bias, with the mean and the variance over these axes."""
+    x, scale, bias = inputs
+    along = [1, -1] + [1] * (len(lower.sizes(node, x)) - 2)
+    apart = lower.add(node, "Sub", [x, lower.mean(node, x, axes)])
+    variance = lower.mean(node, lower.add(node, "Mul", [apart, apart]), axes)
+    epsilon = lower.number(node, attribute(node, "epsilon", 1e-5))
+    deviation = lower.add(node, "Sqrt", [lower.add(node, "Add", [variance, epsilon])])
+    normal = lower.add(node, "Div", [apart, deviation])
+    scaled = lower.add(node, "Mul", [normal, lower.reshape(node, scale, *along)])
+    lower.replace(node, "Add", [scaled, lower.reshape(node, bias, *along)])
 
 
 def _array(lower: Lowerer, node: ir.Node, value: ir.Value | None) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
@@ -45,19 +62,30 @@ def _layer_norm(lower: Lowerer, node: ir.Node) -> None:
         assert scale is not None
         node.resize_inputs(3)
         node.replace_input_with(2, lower.constant(node, np.zeros(lower.sizes(node, scale), np.float32)))
-    _name_outputs(node, "mean", "inverse_deviation")
+    if not lower.plain:
+        _name_outputs(node, "mean", "inverse_deviation")
 
 
 @lowering("SimplifiedLayerNormalization")
 def _simplified(lower: Lowerer, node: ir.Node) -> None:
-    """Its gradient reads the output InvStdDev."""
-    _name_outputs(node, "inverse_deviation")
+    """Its gradient reads the output InvStdDev; or x / sqrt(mean of squares + epsilon), times the scale."""
+    if not lower.plain:
+        _name_outputs(node, "inverse_deviation")
+        return
+    x, scale = node.inputs[:2]
+    assert x is not None and scale is not None
+    rank = len(lower.sizes(node, x))
+    axes = list(range(integer(node, "axis", -1) % rank, rank))
+    square = lower.mean(node, lower.add(node, "Mul", [x, x]), axes)
+    inner = lower.add(node, "Add", [square, lower.number(node, attribute(node, "epsilon", 1e-5))])
+    lower.replace(node, "Mul", [lower.add(node, "Div", [x, lower.add(node, "Sqrt", [inner])]), scale])
 
 
 @lowering("SoftmaxCrossEntropyLoss")
 def _cross_entropy(lower: Lowerer, node: ir.Node) -> None:
     """Its gradient reads the output log_prob; whether one that isn't named is added depends on the build."""
-    _name_outputs(node, "log_prob")
+    if not lower.plain:
+        _name_outputs(node, "log_prob")
 
 
 def _name_outputs(node: ir.Node, *names: str) -> None:
@@ -68,18 +96,10 @@ def _name_outputs(node: ir.Node, *names: str) -> None:
 
 @lowering("InstanceNormalization")
 def _instance_norm(lower: Lowerer, node: ir.Node) -> None:
-    """scale (x - mean) / sqrt(variance + epsilon) + bias, over the positions of each sample and channel."""
+    """Over the positions of each sample and channel."""
     x, scale, bias = node.inputs
     assert x is not None and scale is not None and bias is not None
-    rank = len(lower.sizes(node, x))
-    space, along = list(range(2, rank)), [1, -1] + [1] * (rank - 2)
-    apart = lower.add(node, "Sub", [x, lower.mean(node, x, space)])
-    variance = lower.mean(node, lower.add(node, "Mul", [apart, apart]), space)
-    epsilon = lower.number(node, attribute(node, "epsilon", 1e-5))
-    deviation = lower.add(node, "Sqrt", [lower.add(node, "Add", [variance, epsilon])])
-    normal = lower.add(node, "Div", [apart, deviation])
-    scaled = lower.add(node, "Mul", [normal, lower.reshape(node, scale, *along)])
-    lower.replace(node, "Add", [scaled, lower.reshape(node, bias, *along)])
+    _standardised(lower, node, (x, scale, bias), list(range(2, len(lower.sizes(node, x)))))
 
 
 @lowering("LpNormalization")

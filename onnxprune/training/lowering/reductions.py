@@ -1,6 +1,8 @@
-"""Reductions along axes."""
+"""Reductions along axes, and products that sum over them."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import onnx_ir as ir
@@ -56,3 +58,61 @@ def _running_sum(lower: Lowerer, node: ir.Node) -> None:
     if integer(node, "reverse", 0):
         matrix = np.ascontiguousarray(matrix.T)
     lower.replace_by(node, lower.along_axis(node, x, len(shape), axis, matrix))
+
+
+@lowering("Einsum")
+def _einsum(lower: Lowerer, node: ir.Node) -> None:
+    """Of two values, as a product of matrices: (common, own of the first, summed) x (common, summed, own of the other).
+
+    Of one value as a sum and a transposition.
+    """
+    terms, result, sizes = _equation(lower, node)
+    values = [value for value in node.inputs if value is not None]
+    lonely = [[letter for letter in term if letter not in result + "".join(terms[:i] + terms[i + 1 :])]
+              for i, term in enumerate(terms)]  # fmt: skip
+    for index, letters in enumerate(lonely):
+        if letters:
+            values[index] = lower.sum(node, values[index], [terms[index].index(letter) for letter in letters])
+            kept = [letter for letter in terms[index] if letter not in letters]
+            terms[index] = "".join(kept)
+            values[index] = lower.reshape(node, values[index], *(sizes[letter] for letter in kept))
+    if len(terms) == 1:
+        lower.replace(node, "Transpose", values, perm=[terms[0].index(letter) for letter in result])
+        return
+    a, b = terms
+    common = [letter for letter in a if letter in b and letter in result]
+    summed = [letter for letter in a if letter in b and letter not in result]
+    own = [[letter for letter in term if letter not in common + summed] for term in terms]
+    left = _as_matrix(lower, node, values[0], a, [common, own[0], summed], sizes)
+    right = _as_matrix(lower, node, values[1], b, [common, summed, own[1]], sizes)
+    order = [*common, *own[0], *own[1]]
+    product = lower.reshape(node, lower.add(node, "MatMul", [left, right]), *(sizes[letter] for letter in order))
+    lower.replace(node, "Transpose", [product], perm=[order.index(letter) for letter in result])
+
+
+def _equation(lower: Lowerer, node: ir.Node) -> tuple[list[str], str, dict[str, int]]:
+    """The letters of each value and of the result, and their sizes; dots become capital letters."""
+    text = node.attributes["equation"].as_string().replace(" ", "")
+    left, arrow, result = text.partition("->")
+    terms, sizes = left.split(","), dict[str, int]()
+    if not arrow or len(terms) > 2 or any(letter.isupper() for letter in text):
+        raise lower.refusal(node, f"the equation {text!r} has no arrow, capital letters, or more than two terms")
+    for index, value in enumerate(node.inputs):
+        shape = lower.sizes(node, value)
+        dots = "".join(chr(ord("Z") - i) for i in reversed(range(len(shape) - len(terms[index].replace("...", "")))))
+        terms[index] = terms[index].replace("...", dots)
+        result = result.replace("...", dots)
+        if len(set(terms[index])) < len(terms[index]):
+            raise lower.refusal(node, f"the equation {text!r} has a letter twice in a term")
+        for letter, size in zip(terms[index], shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                raise lower.refusal(node, f"the equation {text!r} broadcasts")
+    return terms, result, sizes
+
+
+def _as_matrix(
+    lower: Lowerer, node: ir.Node, value: ir.Value, term: str, groups: list[list[str]], sizes: dict[str, int]
+) -> ir.Value:
+    order = [term.index(letter) for group in groups for letter in group]
+    turned = lower.add(node, "Transpose", [value], perm=order)
+    return lower.reshape(node, turned, *(math.prod(sizes[letter] for letter in group) for group in groups))

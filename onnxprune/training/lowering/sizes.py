@@ -25,7 +25,7 @@ def at_sizes(
     shapes = all_shapes(graph)
     changing = {graph.graph.initializers[name] for name in trained}
     for node in list(graph.graph):
-        if not changing.isdisjoint(node.inputs):
+        if not changing.isdisjoint(node.inputs) and node.op_type not in ("Shape", "Size"):
             changing.update(node.outputs)
         for value in node.outputs:
             known = shapes.contents(value) if value not in changing and not value.is_graph_output() else None
