@@ -28,6 +28,7 @@ from onnxprune.normalise import normalise
 from onnxprune.plan import Plan, load_plan
 from onnxprune.score import Scope, normalise_scores, score_units
 from onnxprune.select import Keep, Rounding, bounded, keep_best, round_up, survivors_by_share
+from onnxprune.training.forward import untrainable
 from onnxprune.units import Units, find_units, prunable
 from onnxprune.verify import check_cut, mask_oracle
 
@@ -270,13 +271,14 @@ class Inspection:
     reachable_macs: float
     reachable_params: float
     opset: int
+    untrainable: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """The inspection as JSON."""
         return {
             "groups": list(self.groups), "layers": list(self.layers), "locks": list(self.locks), "macs": self.macs,
             "params": self.params, "reachable": {"macs": self.reachable_macs, "params": self.reachable_params},
-            "opset": self.opset,
+            "opset": self.opset, "untrainable": self.untrainable,
         }  # fmt: skip
 
 
@@ -284,7 +286,8 @@ def inspect(model: str | os.PathLike[str], granularity: Granularity = "auto") ->
     """Analyses a model without changing anything. Raises `ModelError` for one that can't be used.
 
     A group's `macs` and `params` are what goes with all but one of its units. A lock names a parameter's axis, how many
-    of its positions are locked, how many numbers they hold, the reason and the node that locks it.
+    of its positions are locked, how many numbers they hold, the reason and the node that locks it. `untrainable` are
+    the parameters that fine-tuning leaves as they are, with the reason.
     """
     normal = normalise(open_model(model))
     units = find_units(analyse(normal, granularity))
@@ -314,7 +317,7 @@ def inspect(model: str | os.PathLike[str], granularity: Granularity = "auto") ->
     return Inspection(
         tuple(groups), tuple(layers), tuple(_locks(units)), macs, params,
         1 - cost.macs(smallest) / max(macs, 1), 1 - cost.params(smallest) / max(params, 1),
-        normal.opset_imports.get("", 0),
+        normal.opset_imports.get("", 0), untrainable(normal),
     )  # fmt: skip
 
 

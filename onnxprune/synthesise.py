@@ -19,7 +19,7 @@ from onnxprune.errors import TrainingError
 from onnxprune.model import constant
 from onnxprune.shapes import Shapes, add_initializer, replace_node
 from onnxprune.training import TrainingOptions, minimise
-from onnxprune.training.lowering import at_sizes, lower, spell_out
+from onnxprune.training.lowering import at_sizes, behind, lower, spell_out
 
 IMAGES = "onnxprune.inputs"
 MOST, FEWEST, SHARD = 256, 32, 32  # inputs; as many as a thread of the worker takes at a time
@@ -90,7 +90,8 @@ def _statistics_loss(model: ir.Model, noise: np.ndarray[Any, Any]) -> ir.Model:
     total.type, total.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
     graph.graph.outputs.clear()
     graph.graph.outputs.append(total)
-    lower(graph, shapes)
+    if blocked := behind(lower(graph, shapes), [IMAGES]):
+        raise TrainingError(next(iter(blocked.values())))
     return graph
 
 

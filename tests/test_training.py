@@ -24,7 +24,7 @@ from onnxprune.model import open_model
 from onnxprune.normalise import normalise
 from onnxprune.training import Loss, TrainingOptions, fine_tune, runtime
 from onnxprune.training.client import choose_augmentation
-from onnxprune.training.forward import teacher_graph, trainable, training_graph
+from onnxprune.training.forward import teacher_graph, trainable, training_graph, untrainable
 from onnxprune.training.losses import plan_loss
 from onnxprune.training.worker import AdamW, augment, learning_rate
 from onnxprune.units import fading_parts, find_units
@@ -76,9 +76,9 @@ def test_the_training_graph_of_a_model_computes_the_same(name: str) -> None:
     plan = plan_loss(model, data)
     expected = predict(model, data)[0]
     feeds = {**data.inputs, "onnxprune.labels": data.labels, "onnxprune.teacher.0": expected}
-    loss, found = run_model(training_graph(model, plan, {name: array.shape for name, array in feeds.items()}), feeds)[
-        :2
-    ]
+    loss, found = run_model(
+        training_graph(model, plan, {name: array.shape for name, array in feeds.items()})[0], feeds
+    )[:2]
     assert relative_difference(expected, found) < 1e-5
     scores = expected - expected.max(1, keepdims=True)
     log_p = scores - np.log(np.exp(scores).sum(1, keepdims=True))
@@ -313,6 +313,23 @@ def test_frozen_parameters_keep_their_numbers(tmp_path: Path) -> None:
 
 
 @needs_training
+def test_what_lies_behind_an_operator_without_gradient_is_frozen_and_the_rest_trains(tmp_path: Path) -> None:
+    model = graph(
+        "(float[N,3,6,6] x, float[4,3,1,1] w, float[1,5,5,2] g, float[5,4,1,1] v) => (float[N,5,5,5] y) "
+        "{ h = Conv(x, w) k = Concat<axis=0>(g, g) s = GridSample(h, k) y = Conv(s, v) }"
+    )
+    assert {name: "GridSample" in reason for name, reason in untrainable(model).items()} == {"w": True}
+    x = np.random.default_rng(0).standard_normal((2, 3, 6, 6)).astype(np.float32)
+    student, events = damaged(model), list[dict[str, Any]]()
+    before = numbers(student)
+    options = TrainingOptions(epochs=3, lr=0.01, batch=2)
+    fine_tune(student, model, Dataset({"x": x}, None), tmp_path / "job", options, progress=events.append)
+    changed = {name for name, array in numbers(student).items() if (array != before[name]).any()}
+    assert changed == {"v"}
+    assert "1 parameters keep their numbers" in events[0]["message"]
+
+
+@needs_training
 def test_an_average_of_weights_changes_less_and_is_resumed_to_the_bit(tmp_path: Path) -> None:
     model = load("digits_mlp")
     results = []
@@ -371,7 +388,7 @@ def test_losses_on_labels(name: str) -> None:
     labels = targets.astype(np.float32 if targets.dtype.kind == "f" else np.int64)
     plan = plan_loss(model, Dataset({"x": x}, labels), Loss(distillation=0.0, **asked))  # type: ignore[arg-type]
     feeds = {"x": x, "onnxprune.labels": labels}
-    found = run_model(training_graph(model, plan, {name: array.shape for name, array in feeds.items()}), feeds)[0]
+    found = run_model(training_graph(model, plan, {name: array.shape for name, array in feeds.items()})[0], feeds)[0]
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 

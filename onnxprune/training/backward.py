@@ -20,13 +20,10 @@ from onnxsim import graph_grad, qat_graph
 from onnxprune.errors import TrainingError
 from onnxprune.evaluate import all_shapes
 from onnxprune.shapes import SMALL
+from onnxprune.training.lowering import FLAT
 
 Rule = Callable[[Any, onnx.NodeProto, str], list[str | None]]
 RULES: dict[str, Rule] = {}
-FLAT = {  # operators that no gradient goes through: their outputs don't change with small changes of their inputs
-    *("And", "ArgMax", "ArgMin", "Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not"),
-    *("Or", "ReduceMax", "ReduceMin", "Round", "Shape", "Sign", "Size", "Xor"),  # extremes are lowered to masks
-}
 
 
 def gradient_model(graph: ir.Model, names: list[str]) -> tuple[onnx.ModelProto, list[str], dict[str, str]]:
@@ -67,6 +64,11 @@ def gradient_model(graph: ir.Model, names: list[str]) -> tuple[onnx.ModelProto, 
     proto.functions.extend(builder.functions)
     proto.opset_import.extend(helper.make_opsetid(domain, 1) for domain in {f.domain for f in builder.functions})
     return inliner.inline_local_functions(proto), heads, gradients
+
+
+def differentiable() -> set[str]:
+    """The operators that have a gradient here."""
+    return {*graph_grad.supported_ops(), *RULES}
 
 
 def _small(tensor: onnx.TensorProto) -> bool:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from onnxprune.files import write_json
 from onnxprune.model import save_model
 from onnxprune.repair import reestimate_batch_norm
 from onnxprune.training.backward import gradient_model
-from onnxprune.training.forward import teacher_graph, trainable, training_graph, uses_batch_statistics
+from onnxprune.training.forward import teacher_graph, training_graph, uses_batch_statistics
 from onnxprune.training.losses import LABELS, Loss, plan_loss
 from onnxprune.training.runtime import Trainer, choose_trainer, prepare_trainer
 from onnxprune.training.worker import augment, write_arrays
@@ -97,9 +98,13 @@ def fine_tune(
     run that was not interrupted. Raises `TrainingError` when the worker fails, dies, hangs or is out of memory; `model`
     is then unchanged.
     """
-    runtime = prepare_trainer(options.trainer, lambda line: progress({"event": "note", "message": line}))
+
+    def note(text: str) -> None:
+        progress({"event": "note", "message": text})
+
+    runtime = prepare_trainer(options.trainer, note)
     if not (folder / "job.json").exists():
-        _prepare(model, teacher, data, folder, options, augmentation or {}, fading)
+        _prepare(model, teacher, data, folder, options, augmentation or {}, fading, note)
     for name, array in _work(folder, runtime, options, progress).items():
         model.graph.initializers[name].const_value = ir.tensor(array, name=name)
     if uses_batch_statistics(model, json.loads((folder / "job.json").read_text())["shard"]):
@@ -161,20 +166,20 @@ def _prepare(
     options: TrainingOptions,
     augmentation: dict[str, Any],
     fading: dict[str, np.ndarray[Any, Any]] | None = None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     loss = plan_loss(model, data, options.loss)
-    names = trainable(model, options.freeze)
-    if not names:
-        raise TrainingError("nothing in the model can be fine-tuned; use --epochs 0")
     shard, batch, held = _portions(len(data), options.batch, fixed_batch(model))
     arrays, labels = dict(data.inputs), None
     if loss.labels is not None and data.labels is not None:
         arrays[LABELS] = data.labels.astype(np.int64 if loss.labels == "cross-entropy" else np.float32)
     sizes = {name: (shard, *array.shape[1:]) for name, array in arrays.items()}
-    plain = choose_trainer(options.trainer) == "graph"
-    differentiated = _save_graph(training_graph(model, loss, sizes, plain), names, folder, options.trainer)
+    graph, names, frozen = training_graph(model, loss, sizes, options.freeze, choose_trainer(options.trainer))
+    for reason, count in Counter(frozen.values()).items():
+        note(f"{count} parameters keep their numbers in fine-tuning: {reason}")
+    differentiated = _save_graph(graph, names, folder, options.trainer)
     save_model(teacher_graph(teacher, loss), folder / "teacher.onnx")
     files = {name: str(_array_file(folder, f"input{i}", array)) for i, (name, array) in enumerate(arrays.items())}
     labels = files.pop(LABELS, None)

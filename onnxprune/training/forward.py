@@ -11,25 +11,50 @@ from fnmatch import fnmatchcase
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from onnxprune.data import Dataset, fixed_batch, random_inputs
+from onnxprune.errors import TrainingError
 from onnxprune.model import constant
-from onnxprune.training.losses import LABELS, LossPlan, add_loss
-from onnxprune.training.lowering import at_sizes, lower, spell_out
+from onnxprune.training.backward import differentiable
+from onnxprune.training.losses import LABELS, LossPlan, add_loss, plan_loss
+from onnxprune.training.lowering import at_sizes, behind, lower, spell_out
+from onnxprune.training.runtime import Trainer
 
 Sizes = Mapping[str, Sequence[int]]
 FEWEST = 8  # samples whose statistics batch normalisation can train on
 
 
-def training_graph(model: ir.Model, loss: LossPlan, sizes: Sizes, plain: bool = False) -> ir.Model:
-    """A copy of a model whose first output is the loss and whose operators all have gradients.
+def training_graph(
+    model: ir.Model, loss: LossPlan, sizes: Sizes, freeze: Sequence[str] = (), trainer: Trainer = "ort"
+) -> tuple[ir.Model, list[str], dict[str, str]]:
+    """A copy of a model whose first output is the loss and whose operators have gradients, and what trains in it.
 
     `sizes` are the shapes of its inputs, and of the labels where there are any. Where these are fewer than eight
-    samples, batch normalisation keeps the statistics it has. `plain` graphs have no operator of several outputs.
-    Raises `TrainingError`, naming the node, for what can't be trained.
+    samples, batch normalisation keeps the statistics it has. Returns the graph, the parameters that train, and those
+    that can't, because the loss hangs on them through an operator without a gradient, with the reason.
+    Raises `TrainingError` if nothing can train.
     """
+    names = trainable(model, freeze)
     graph, shapes = at_sizes(spell_out(model.clone()), sizes, trainable(model))
     add_loss(graph, loss, sizes.get(LABELS))
-    lower(graph, shapes, uses_batch_statistics(model, next(iter(sizes.values()))[0]), plain)
-    return graph
+    samples = next(iter(sizes.values()))[0]
+    gradients = differentiable() if trainer == "graph" else None
+    blocked = lower(graph, shapes, uses_batch_statistics(model, samples), gradients)
+    frozen = behind(blocked, names)
+    left = [name for name in names if name not in frozen]
+    if not left:
+        reason = next(iter(frozen.values()), "it has no parameters that aren't frozen")
+        raise TrainingError(f"nothing in the model can be fine-tuned: {reason}; use --epochs 0")
+    return graph, left, frozen
+
+
+def untrainable(model: ir.Model) -> dict[str, str]:
+    """The parameters that ONNX Runtime training can't tune by distillation, and why; sizes are of its own choice."""
+    data = Dataset(random_inputs(model, seed=0, batch=None if fixed_batch(model) else FEWEST), None)
+    sizes = {name: array.shape for name, array in data.inputs.items()}
+    try:
+        return training_graph(model, plan_loss(model, data), sizes)[2]
+    except TrainingError as error:
+        return dict.fromkeys(trainable(model), str(error))
 
 
 def uses_batch_statistics(model: ir.Model, samples: int) -> bool:

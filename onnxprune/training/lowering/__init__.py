@@ -5,14 +5,16 @@ all known (`at_sizes`): what depends on sizes alone is a constant there.
 """
 
 from onnxprune.training.lowering import elementwise, normalization, recurrent, reductions, spatial
-from onnxprune.training.lowering.base import LOWERINGS, Lowerer, lower
+from onnxprune.training.lowering.base import FLAT, LOWERINGS, Lowerer, behind, lower
 from onnxprune.training.lowering.sizes import at_sizes
 from onnxprune.training.lowering.standard import spell_out
 
 __all__ = [
+    "FLAT",
     "LOWERINGS",
     "Lowerer",
     "at_sizes",
+    "behind",
     "elementwise",
     "lower",
     "normalization",

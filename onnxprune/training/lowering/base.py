@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +15,6 @@ from onnxprune.shapes import Shapes, add_initializer, replace_node
 Attribute = int | float | list[int]
 Lowering = Callable[["Lowerer", ir.Node], None]
 LOWERINGS: dict[str, Lowering] = {}
-WITHOUT = "use --epochs 0"
 
 
 def lowering(*operators: str) -> Callable[[Lowering], Lowering]:
@@ -28,17 +27,63 @@ def lowering(*operators: str) -> Callable[[Lowering], Lowering]:
     return register
 
 
-def lower(graph: ir.Model, shapes: Shapes, batch_statistics: bool = True, plain: bool = False) -> None:
+GRADIENTS = {  # that ONNX Runtime training has
+    *("Abs", "Add", "AveragePool", "BatchNormalization", "BiasGelu", "Cast", "Clip", "Concat", "Conv", "Cos", "Div"),
+    *("Erf", "Exp", "Expand", "FastGelu", "Flatten", "FusedMatMul", "Gather", "GatherElements", "GatherND", "Gelu"),
+    *("Gemm", "GlobalAveragePool", "Identity", "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "MatMul", "Max"),
+    *("MaxPool", "Min", "Mul", "Neg", "Pad", "Pow", "QuickGelu", "Reciprocal", "ReduceL2", "ReduceLogSumExp"),
+    *("ReduceMean", "ReduceSum", "Relu", "Reshape", "ScatterElements", "ScatterND", "Sigmoid", "Sin", "Slice"),
+    *("SimplifiedLayerNormalization", "Softmax", "SoftmaxCrossEntropyLoss", "Split", "Sqrt", "Squeeze", "Sub", "Tanh"),
+    *("Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where"),
+}
+FLAT = {  # no gradient goes through: their outputs don't change with small changes of their inputs
+    *("And", "ArgMax", "ArgMin", "Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less"),
+    *("LessOrEqual", "Not", "Or", "ReduceMax", "ReduceMin", "Round", "Shape", "Sign", "Size", "Xor"),
+}  # extremes are lowered to masks
+
+
+def lower(
+    graph: ir.Model, shapes: Shapes, batch_statistics: bool = True, gradients: Collection[str] | None = None
+) -> dict[ir.Node, str]:
     """Rewrites, in place, what has no gradient; batch normalisation uses its batch's statistics, or its own.
 
-    In a `plain` graph, whose gradient is to be made of ONNX operators, no operator is given outputs for it to read.
-    Raises `TrainingError` for what can't be rewritten.
+    Returns the nodes that no gradient can go through, and why. `gradients` are the operators that have one where the
+    gradient is made of ONNX operators: no operator is given more outputs for it to read then.
     """
     common.RemoveUnusedNodesPass()(graph)  # before lowering: it would take away outputs that gradients need
-    lowerer = Lowerer(graph, shapes, batch_statistics, plain)
+    lowerer, blocked = Lowerer(graph, shapes, batch_statistics, gradients is not None), dict[ir.Node, str]()
     for node in list(graph.graph):
-        if (row := LOWERINGS.get(node.op_type)) is not None and node.domain == "":
-            row(lowerer, node)
+        row = LOWERINGS.get(node.op_type) if node.domain == "" else None
+        try:
+            if row is not None:
+                row(lowerer, node)
+            elif node.op_type not in FLAT and node.op_type not in (gradients or GRADIENTS) and _floats(node, shapes):
+                blocked[node] = f"node {node.name!r}: {node.op_type} has no gradient"
+        except TrainingError as error:
+            blocked[node] = str(error)
+    return blocked
+
+
+def _floats(node: ir.Node, shapes: Shapes) -> bool:
+    kinds = [value.dtype or shapes.element_type(value) for value in node.outputs]
+    return any(kind is None or kind.is_floating_point() for kind in kinds)
+
+
+def behind(nodes: Mapping[ir.Node, str], names: Collection[str]) -> dict[str, str]:
+    """The parameters `names` whose influence goes through one of these nodes, and why that can't be followed."""
+    found: dict[str, str] = {}
+    for start, reason in nodes.items():
+        seen, waiting = set[ir.Value](), [value for value in start.inputs if value is not None]
+        while waiting:
+            value = waiting.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            if value.name in names and value.is_initializer():
+                found.setdefault(value.name or "", reason)
+            elif (maker := value.producer()) is not None and maker.op_type not in FLAT:
+                waiting.extend(each for each in maker.inputs if each is not None)
+    return found
 
 
 class Lowerer:
@@ -59,7 +104,7 @@ class Lowerer:
 
     def refusal(self, node: ir.Node, reason: str) -> TrainingError:
         """An error that names a node which can't be fine-tuned."""
-        return TrainingError(f"node {node.name!r}: {node.op_type} can't be fine-tuned: {reason}; {WITHOUT}")
+        return TrainingError(f"node {node.name!r}: {node.op_type} can't be fine-tuned: {reason}")
 
     def add(self, before: ir.Node, op: str, inputs: list[ir.Value], **attributes: Attribute) -> ir.Value:
         """A new node in front of `before`; its output."""
