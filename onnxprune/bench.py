@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime
@@ -51,7 +54,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """One model on one execution provider. `memory_bytes` is what loading and running it adds."""
+    """One model on one execution provider. `memory_bytes` is what loading and running it adds.
+
+    `load_ms` and `first_ms` are milliseconds of creating the session, and of its first run.
+    """
 
     model: str
     provider: str
@@ -59,6 +65,8 @@ class BenchResult:
     against_first: Comparison
     memory_bytes: int
     size_bytes: int
+    load_ms: float
+    first_ms: float
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON."""
@@ -90,9 +98,11 @@ def bench_models(
     batch: int = 1,
     seconds: float = 5.0,
     seed: int = 0,
+    precision: float | None = None,
 ) -> list[BenchResult]:
     """Times models on random inputs of the first one's shapes, and compares each with the first.
 
+    With a `precision` it ends before its `seconds` are spent when all intervals are narrower than that share.
     Runs take turns, so that whatever else the machine does hits all of them; the order turns too. Raises `UsageError`
     for an absent execution provider and `ModelError` for a model that can't be run.
     """
@@ -100,8 +110,8 @@ def bench_models(
     inputs = random_inputs(open_model(paths[0]), seed, batch)
     results = []
     for provider in full:
-        times = _interleave(paths, provider, inputs, threads, seconds)
-        for path, row in zip(paths, times, strict=True):
+        times, starts = _interleave(paths, provider, inputs, threads, seconds, precision)
+        for path, row, (load, first) in zip(paths, times, starts, strict=True):
             results.append(
                 BenchResult(
                     str(path),
@@ -110,16 +120,38 @@ def bench_models(
                     compare(times[0], row),
                     added_memory(path, provider, threads, batch, seed),
                     model_bytes(path),
+                    load * 1e3,
+                    first * 1e3,
                 )
             )
     return results
 
 
+def time_models(
+    paths: Sequence[Path], provider: str = "cpu", threads: int | None = None, seconds: float = 5.0, seed: int = 0
+) -> list[Comparison]:
+    """How many times as fast as the first each model is, at batch size 1 where there is a choice."""
+    inputs = random_inputs(open_model(paths[0]), seed, 1)
+    times, _ = _interleave(paths, find_providers([provider])[0], inputs, threads, seconds)
+    return [compare(times[0], row) for row in times]
+
+
 def _interleave(
-    paths: Sequence[Path], provider: str, inputs: Batch, threads: int | None, seconds: float
-) -> NDArray[np.float64]:
-    """Seconds of every run, shape (models, runs)."""
-    sessions = [open_session(str(path), session_options(threads), [provider]) for path in paths]
+    paths: Sequence[Path],
+    provider: str,
+    inputs: Batch,
+    threads: int | None,
+    seconds: float,
+    precision: float | None = None,
+) -> tuple[NDArray[np.float64], list[tuple[float, float]]]:
+    """Seconds of every run, shape (models, runs); and for each model those of loading it and of its first run."""
+    sessions, starts = [], []
+    for path in paths:
+        before = time.perf_counter()
+        sessions.append(open_session(str(path), session_options(threads), [provider]))
+        loaded = time.perf_counter()
+        run_session(sessions[-1], inputs)
+        starts.append((loaded - before, time.perf_counter() - loaded))
     for session in sessions:
         for _ in range(WARM_UP):
             run_session(session, inputs)
@@ -131,7 +163,54 @@ def _interleave(
             before = time.perf_counter()
             sessions[index].run(None, dict(inputs))
             rows[index].append(time.perf_counter() - before)
-    return np.array(rows)
+        if precision is not None and len(rows[0]) % FEWEST_RUNS == 0 and _width(rows) <= precision:
+            break
+    return np.array(rows), starts
+
+
+def _width(rows: list[list[float]]) -> float:
+    """The widest interval of a ratio so far, as a share of the ratio."""
+    first = np.array(rows[0])
+    found = [compare(first, np.array(row)) for row in rows[1:]]
+    return max(((each.high - each.low) / each.speedup for each in found), default=0.0)
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """How long the nodes of one operator take in a run, as the runtime's own profile has it, after its fusions."""
+
+    operator: str
+    nodes: int
+    milliseconds: float
+    share: float
+
+
+def profile_model(
+    path: Path, provider: str = "cpu", threads: int | None = None, batch: int = 1, runs: int = 20, seed: int = 0
+) -> list[OperatorTime]:
+    """Time by operator, the longest first. Operators named Nchwc are on the blocked path; Reorder is the way there.
+
+    Raises as `bench_models` does.
+    """
+    inputs = random_inputs(open_model(path), seed, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(threads)
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+        session = open_session(str(path), options, find_providers([provider]))
+        for _ in range(WARM_UP + runs):
+            run_session(session, inputs)
+        events = json.loads(Path(cast(Any, session).end_profiling()).read_text())
+    spent, names = Counter[str](), dict[str, set[str]]()
+    nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("kernel_time")]
+    each_run = len(nodes) // (WARM_UP + runs)
+    for event in nodes[WARM_UP * each_run :]:
+        kind = event["args"]["op_name"]
+        blocked = "nchwc" in event["name"].lower() or event["args"].get("node_domain", "").endswith("nchwc")
+        kind = f"Nchwc {kind}" if blocked else kind
+        spent[kind] += event["dur"]
+        names.setdefault(kind, set()).add(event["name"])
+    total = max(sum(spent.values()), 1)
+    return [OperatorTime(op, len(names[op]), us / runs / 1e3, us / total) for op, us in spent.most_common()]
 
 
 def compare(first: NDArray[np.float64], other: NDArray[np.float64], seed: int = 0) -> Comparison:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnxprune.labels.flow import integer, text
 from onnxprune.labels.linear import einsum_axes
 from onnxprune.labels.recurrent import GATES
+from onnxprune.probe import Probe
 from onnxprune.shapes import dynamic_sizes
 from onnxprune.units import Units, is_parameter
 
@@ -73,10 +74,32 @@ def _attention_macs(node: ir.Node, shapes: list[tuple[int, ...] | None], out: tu
     return q[0] * q[1] * k[1] * (q[2] + out[2])
 
 
-class Cost:
-    """What a model costs when only some components survive, without cutting it."""
+FREE_OPS = {  # that runtimes fuse with what makes their input, or that move no numbers
+    *("BatchNormalization", "Clip", "Dropout", "Flatten", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Relu"),
+    *("Reshape", "Shape", "Squeeze", "Unsqueeze"),
+}
 
-    def __init__(self, units: Units) -> None:
+
+def product_kind(node: ir.Node, size: Size) -> str | None:
+    """The kind of a product, as `Probe` tells them apart; None for what isn't one."""
+    if node.op_type in ("Conv", "FusedConv", "ConvTranspose", "DeformConv", "ConvInteger"):
+        weight = size(node.inputs[1]) if node.inputs[1] is not None else None
+        if weight is None:
+            return "conv"
+        if weight[1] == 1 and integer(node, "group", 1) > 1:
+            return "depthwise"
+        return "pointwise" if math.prod(weight[2:]) == 1 else "conv"
+    return "matmul" if node_macs(node, size) else None
+
+
+class Cost:
+    """What a model costs when only some components survive, without cutting it.
+
+    With a `target` its time there is a cost too.
+    """
+
+    def __init__(self, units: Units, target: Probe | None = None) -> None:
+        self._target = target
         solution = units.solution
         self._axes = {value: solution.axes(value) for value in solution.flow.axes}
         self._concrete = solution.shapes.concrete
@@ -94,7 +117,25 @@ class Cost:
     @property
     def measures(self) -> dict[str, Callable[[Alive], int]]:
         """The costs that a target can name."""
-        return {"macs": self.macs, "params": self.params, "size": self.bytes}
+        return {"macs": self.macs, "params": self.params, "size": self.bytes, "latency": self.nanoseconds}
+
+    def nanoseconds(self, alive: Alive) -> int:
+        """What a run should take on the target, by its probe: products of widths rounded up to its steps, and the rest.
+
+        An estimate whose ratios are better than itself; 0 without a target.
+        """
+        if self._target is None:
+            return 0
+        size, target, total = self._sizes(alive), self._target, 0.0
+        rounded = {step: self._sizes(alive, step) for step in set(target.steps.values())}
+        for node in self._nodes:
+            if (kind := product_kind(node, size)) is not None:
+                total += (
+                    target.overhead + node_macs(node, rounded[target.steps[kind]]) / target.speed[kind] / self._batch
+                )
+            elif node.op_type not in FREE_OPS and (out := size(node.outputs[0])) is not None:
+                total += target.overhead + math.prod(out) / target.elements / self._batch
+        return round(total)
 
     def macs(self, alive: Alive) -> int:
         """Multiply-accumulates of one run at batch size 1 (or the model's own fixed batch)."""
@@ -123,7 +164,8 @@ class Cost:
             shares.append(max(saved, 1e-12))
         return shares
 
-    def _sizes(self, alive: Alive) -> Callable[[ir.Value], tuple[int, ...] | None]:
+    def _sizes(self, alive: Alive, step: int = 1) -> Callable[[ir.Value], tuple[int, ...] | None]:
+        """The shape of each value, with axes that lost units rounded up to a multiple of `step`."""
         known: dict[ir.Value, tuple[int, ...] | None] = {}
 
         def size(value: ir.Value) -> tuple[int, ...] | None:
@@ -132,7 +174,7 @@ class Cost:
                 axes = self._axes.get(value, ())
                 if shape is not None and len(axes) == len(shape):
                     shape = tuple(
-                        dim if vector is None else int(alive[vector].sum())
+                        dim if vector is None else min(-(-int(alive[vector].sum()) // step) * step, dim)
                         for dim, vector in zip(shape, axes, strict=True)
                     )
                 known[value] = shape

@@ -14,7 +14,7 @@ from onnxprune.training.losses import Kind, Loss
 from onnxprune.training.runtime import Trainer
 
 Controller = Literal["bisect", "published"]
-RESOURCES = ("macs", "params", "size")
+RESOURCES = ("macs", "params", "size", "latency")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class RunOptions:
     target_macs: float | None = None
     target_params: float | None = None
     target_size: float | None = None
+    target_latency: float | None = None
     max_drop: float | None = None
     rounds: int | None = None
     epochs: int | None = None

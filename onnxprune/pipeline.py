@@ -32,12 +32,14 @@ from onnxprune.finalise import finalise
 from onnxprune.gradients import GRADIENT_CRITERIA
 from onnxprune.judge import Judge, Verdict
 from onnxprune.labels import analyse
+from onnxprune.latency import CORRECTIONS, correct, time_share
 from onnxprune.layers import Layer, choose_layers, drop_layers, free_layers, influence_scores, weight_scores
 from onnxprune.lineup import line_up
 from onnxprune.model import open_model, save_model
 from onnxprune.normalise import normalise
 from onnxprune.options import RESOURCES, RunOptions
 from onnxprune.plan import Plan, Reordering, load_plan
+from onnxprune.probe import CPU, Probe, probe
 from onnxprune.progress import Listener
 from onnxprune.reconstruct import reconstruct
 from onnxprune.repair import reestimate_batch_norm
@@ -75,6 +77,7 @@ DATA_CRITERIA = {**ACTIVATION_CRITERIA, **GRADIENT_CRITERIA}
 AUTO, LINED_UP_BY = "auto", "l2"  # rows are sorted before the contest, by one criterion
 CONTESTANTS = ("l2", "l1", "logistic", "fpgm", "bn", "flap", "obs")
 TRIED_AT = {"macs": 0.5}  # where an allowed drop alone decides
+OVER = 1.05  # times the time asked that still counts as met
 UNKNOWN = 1e30  # a loss that JSON can hold
 
 MEASURED = ("drop", "loss", "drop_before_tuning")
@@ -257,7 +260,22 @@ class Run:
     @cached_property
     def base_costs(self) -> dict[str, int]:
         """MACs, parameters and bytes of the uncut model."""
-        return costs_of(self.units)
+        return costs_of(self.units, target=self.target)
+
+    @cached_property
+    def target(self) -> Probe | None:
+        """The probed target, where its time matters; the first execution provider is the one that does."""
+        if self.options.target_latency is None:
+            return None
+        return probe(find_providers(self.options.providers)[0], self.options.threads)
+
+    @cached_property
+    def rounding(self) -> Rounding:
+        """How widths are rounded: as asked, or to the block of the first execution provider."""
+        provider = find_providers(self.options.providers)[0]
+        if self.options.round_to is not None or provider == CPU:
+            return Rounding(self.options.round_to)
+        return Rounding(None, probe(provider, self.options.threads).steps["conv"])
 
     @cached_property
     def criterion(self) -> str:
@@ -352,7 +370,7 @@ class Run:
             units, scores, rounding = self._scored(state.model, criterion)
         except ModelError:
             return UNKNOWN  # it needs what the model hasn't
-        measures = Cost(units).measures
+        measures = Cost(units, self.target).measures
         limits = {name: share * self.base_costs[name] for name, share in (self.targets or TRIED_AT).items()}
         chosen = tau_for(units, scores, rounding, lambda a: all(measures[n](a) <= limit for n, limit in limits.items()))
         if chosen is None:
@@ -393,18 +411,49 @@ class Run:
         """The lowest threshold that brings every targeted resource `aim` of the way to its share."""
         self.listener.stage("choosing a threshold")
         units, scores, rounding = self._scored(state.model)
-        limits = {name: target**aim * self.base_costs[name] for name, target in self.targets.items()}
-        measures = Cost(units).measures
+        shares = {name: target**aim for name, target in self.targets.items()}
+        measures = Cost(units, self.target).measures
 
-        def fits(alive: Alive) -> bool:
-            return all(measures[name](alive) <= limit for name, limit in limits.items())
+        def cut_to(wanted: Mapping[str, float]) -> Proposal | None:
+            limits = {name: share * self.base_costs[name] for name, share in wanted.items()}
+            for attempt in (rounding, Rounding(1)):  # where whole blocks can't meet the target, ragged widths may
+                chosen = tau_for(units, scores, attempt, lambda a: all(measures[n](a) <= limits[n] for n in limits))
+                if chosen is not None:
+                    return {"tau": chosen[0], "round_to": attempt.multiple, "progress": aim}
+            return None
 
-        for attempt in (rounding, Rounding(1)):  # where whole blocks can't meet the target, ragged widths may
-            if (chosen := tau_for(units, scores, attempt, fits)) is not None:
-                return {"tau": chosen[0], "round_to": attempt.multiple, "progress": aim}
+        found = cut_to(shares) if "latency" not in shares else self._cut_to_time(units, scores, shares, cut_to)
+        if found is not None:
+            return found
         self.note("the target is out of reach: cut as far as every layer keeps one channel")
         highest = float(np.nextafter(scores[np.isfinite(scores)].max(), np.inf))
         return {"tau": highest, "round_to": 1, "progress": 1.0}
+
+    def _cut_to_time(
+        self,
+        units: Units,
+        scores: NDArray[np.float64],
+        shares: Mapping[str, float],
+        cut_to: Callable[[Mapping[str, float]], Proposal | None],
+    ) -> Proposal | None:
+        """The cut whose measured time is nearest below its share of the uncut model's."""
+        provider, proposals = find_providers(self.options.providers)[0], dict[float, Proposal]()
+
+        def cut_at(estimate: float) -> tuple[float, float] | None:
+            proposal = cut_to({**shares, "latency": estimate})
+            if proposal is None:
+                return None
+            alive = survivors(units, scores, proposal["tau"], self._rounding_of(proposal))
+            share = time_share(self.source, cut(units, alive)[0], provider, self.options.threads)
+            self.listener.progress(f"measuring a cut: {100 * share:.1f} % of the time", len(proposals) + 1, CORRECTIONS)
+            proposals[proposal["tau"]] = proposal
+            return proposal["tau"], share
+
+        chosen = correct(shares["latency"], cut_at)
+        return None if chosen is None else {**proposals[chosen[0]], "latency": chosen[1]}
+
+    def _rounding_of(self, proposal: Proposal) -> Rounding:
+        return Rounding(proposal["round_to"], self.rounding.block)
 
     def _cut_within(self, state: State, history: list[Outcome]) -> Proposal:
         """A threshold whose cut costs no more, after repair, than fine-tuning can be hoped to win back."""
@@ -449,7 +498,7 @@ class Run:
         raw = self._raw_scores(units, criterion or self.criterion)
         scores = normalise_scores(units, raw, options.scope, self.origin)
         sizes = {name: size for name, (size, _) in self.origin.items()}
-        return units, bounded(units, scores, options.keep, sizes), Rounding(options.round_to)
+        return units, bounded(units, scores, options.keep, sizes), self.rounding
 
     # ---- one round
 
@@ -478,8 +527,8 @@ class Run:
     def _attempt(self, number: int, folder: Path, state: State, proposal: Proposal) -> tuple[Record, State]:
         started = time.monotonic()
         units, scores, _ = self._scored(state.model)
-        alive = survivors(units, scores, proposal["tau"], Rounding(proposal["round_to"]))
-        costs = costs_of(units, alive)
+        alive = survivors(units, scores, proposal["tau"], self._rounding_of(proposal))
+        costs = costs_of(units, alive, self.target)
         self.listener.stage(f"round {number}: cutting")
         if self.options.sparsify:
             state = self._sparsified(number, folder, state, units, alive)
@@ -499,7 +548,7 @@ class Run:
         record = {
             "round": number,
             "tau": proposal["tau"],
-            "progress": self._progress(costs),
+            "progress": self._progress(costs, proposal),
             "macs_share": costs["macs"] / max(self.base_costs["macs"], 1),
             **costs,
             "metric_before_tuning": repaired.value,
@@ -588,10 +637,15 @@ class Run:
         if not reconstruct(model, whole, plan, self.calibration, self.options.threads, progress, memory, note):
             reestimate_batch_norm(model, self.calibration, self.options.threads)
 
-    def _progress(self, costs: dict[str, int]) -> float:
-        """How far costs are on the way to the targets: 1 when all are met, on a logarithmic scale."""
+    def _progress(self, costs: dict[str, int], proposal: Proposal) -> float:
+        """How far costs are on the way to the targets: 1 when all are met, on a logarithmic scale.
+
+        Time was measured when the cut was chosen; that it is as far as was aimed for is taken from there.
+        """
         done = [
-            np.log(max(costs[name], 1) / self.base_costs[name]) / np.log(target)
+            proposal["progress"]
+            if name == "latency"
+            else np.log(max(costs[name], 1) / self.base_costs[name]) / np.log(target)
             for name, target in self.targets.items()
         ]
         return float(np.clip(min(done, default=0.0), 0, 1))
@@ -631,7 +685,9 @@ class Run:
             pruned=sides[1],
             rounds=tuple(records),
             widths=widths(self.baseline, state.model),
-            target=self._verdict(all_costs[1], verdicts[1].drop - verdicts[0].drop),
+            target=self._verdict(
+                all_costs[1], 1 / results[1].against_first.speedup, verdicts[1].drop - verdicts[0].drop
+            ),
             speedup=speedup,
             notes=tuple(self.notes),
             contest=self.contest,
@@ -644,13 +700,13 @@ class Run:
         write_json(self.folder / "report.json", report.to_json())
         return report
 
-    def _verdict(self, costs: dict[str, int], drop: float) -> dict[str, Any]:
-        """What was asked, what was reached, and whether that is enough."""
-        asked = {
-            name: {"asked": share, "reached": costs[name] / max(self.base_costs[name], 1)}
-            for name, share in self.targets.items()
-        }
-        met = all(entry["reached"] <= entry["asked"] for entry in asked.values())
+    def _verdict(self, costs: dict[str, int], time: float, drop: float) -> dict[str, Any]:
+        """What was asked, what was reached, and whether that is enough; time, which varies, may be 5 % over."""
+        reached = {name: cost / max(self.base_costs[name], 1) for name, cost in costs.items()} | {"latency": time}
+        asked = {name: {"asked": share, "reached": reached[name]} for name, share in self.targets.items()}
+        met = all(
+            entry["reached"] <= entry["asked"] * (OVER if name == "latency" else 1) for name, entry in asked.items()
+        )
         if self.allowed is not None:
             met = met and drop <= self.allowed + 1e-9 and (bool(asked) or costs["macs"] < self.base_costs["macs"])
         return {
@@ -667,11 +723,11 @@ def default_rate(model: ir.Model) -> float:
     return RATE_WITH_BATCH_NORM if normalised else RATE
 
 
-def costs_of(units: Units, alive: Alive | None = None) -> dict[str, int]:
-    """MACs, parameters and bytes of what survives; of all without `alive`."""
+def costs_of(units: Units, alive: Alive | None = None, target: Probe | None = None) -> dict[str, int]:
+    """MACs, parameters and bytes of what survives, of all without `alive`; and the estimated time on a target."""
     alive = np.ones(units.count, bool) if alive is None else alive
-    measures = Cost(units).measures
-    return {name: measures[name](alive) for name in RESOURCES}
+    measures = Cost(units, target).measures
+    return {name: measures[name](alive) for name in RESOURCES if name != "latency" or target is not None}
 
 
 def outcome_of(record: Record) -> Outcome:

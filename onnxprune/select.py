@@ -11,25 +11,36 @@ import numpy as np
 
 from onnxprune.cost import Alive
 from onnxprune.errors import UsageError
+from onnxprune.probe import block_size
 from onnxprune.score import Scores
 from onnxprune.units import Group, Units
 
-BLOCK = 8  # channels; what the blocked convolutions of common CPUs work on
+NARROWEST = 4  # channels that make a difference to a blocked convolution
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Widths are rounded up to a multiple of `multiple`; None chooses one for each group."""
+    """Widths are rounded up to a multiple of `multiple`; None chooses one for each group, at most `block`.
+
+    `block` None is what the CPU provider's convolutions work on here.
+    """
 
     multiple: int | None = None
+    block: int | None = None
 
     def of(self, group: Group) -> int:
-        """The multiple for a group: for automatic rounding 8, 4 or 1 for what convolutions read, 1 for the rest."""
+        """The multiple for a group: for automatic rounding the block, a half, … or 1 for what convolutions read.
+
+        Narrow groups get smaller ones. For what nothing but matrix products read, 1.
+        """
         if self.multiple is not None:
             return self.multiple
         if not group.aligned:
             return 1
-        return next((r for r in (BLOCK, BLOCK // 2) if len(group.units) * group.repeats >= 4 * r), 1)
+        step = block_size() if self.block is None else self.block
+        while step > 1 and (len(group.units) * group.repeats < 4 * step):
+            step //= 2
+        return step if step >= NARROWEST else 1
 
 
 @dataclass(frozen=True)

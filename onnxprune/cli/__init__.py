@@ -13,8 +13,10 @@ import onnxprune
 from onnxprune.cli.apply import apply_command
 from onnxprune.cli.bench import bench_command
 from onnxprune.cli.doctor import doctor_command
+from onnxprune.cli.export import export_command
 from onnxprune.cli.inspect import inspect_command
 from onnxprune.cli.output import say
+from onnxprune.cli.probe import probe_command
 from onnxprune.cli.prune import prune_command
 from onnxprune.cli.run import run_command
 from onnxprune.cli.sensitivity import sensitivity_command
@@ -42,6 +44,8 @@ for command in (
     apply_command,
     verify_command,
     bench_command,
+    probe_command,
+    export_command,
     doctor_command,
 ):
     cli.add_command(command)

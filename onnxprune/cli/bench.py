@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 from rich.table import Table
 
-from onnxprune.bench import BenchResult, bench_models
+from onnxprune.bench import BenchResult, OperatorTime, bench_models, profile_model
 from onnxprune.cli.options import with_json
 from onnxprune.cli.output import print_json, show
 
@@ -22,26 +23,65 @@ from onnxprune.cli.output import print_json, show
 @click.option(
     "--seconds", type=click.FloatRange(0.1), default=5.0, metavar="F", help="How long to time on each provider."
 )
+@click.option(
+    "--precision",
+    type=click.FloatRange(0, min_open=True),
+    metavar="F",
+    help="End when the ratio is known so well: 0.02.",
+)
+@click.option("--profile", is_flag=True, help="Also show how long which operators take, on the first provider.")
 @with_json
 def bench_command(
-    models: tuple[Path, ...], ep: tuple[str, ...], threads: int | None, batch: int, seconds: float, as_json: bool
+    models: tuple[Path, ...],
+    ep: tuple[str, ...],
+    threads: int | None,
+    batch: int,
+    seconds: float,
+    precision: float | None,
+    profile: bool,
+    as_json: bool,
 ) -> int:
     """Times MODELS on random inputs: one process, interleaved runs; each is compared with the first."""
-    results = bench_models(models, ep, threads, batch, seconds)
+    results = bench_models(models, ep, threads, batch, seconds, precision=precision)
+    profiles = {str(model): profile_model(model, ep[0], threads, batch) for model in models if profile}
     if as_json:
-        print_json({"results": [result.to_json() for result in results]})
+        operators = {name: [asdict(row) for row in rows] for name, rows in profiles.items()}
+        print_json({"results": [result.to_json() for result in results], "profiles": operators})
         return 0
     table = Table(title="interleaved runs on random inputs")
-    for name in ("model", "provider", "median, ms", "p90, ms", "runs", "against the first", "memory, MB", "size, kB"):
+    for name in (
+        "model",
+        "provider",
+        "median, ms",
+        "p90, ms",
+        "runs",
+        "against the first",
+        "load, ms",
+        "first run, ms",
+        "memory, MB",
+        "size, kB",
+    ):
         table.add_column(name, justify="left" if name in ("model", "provider") else "right")
     for index, result in enumerate(results):
         table.add_row(
             result.model, result.provider.removesuffix("ExecutionProvider"), f"{result.latency.median:.3f}",
             f"{result.latency.p90:.3f}", str(result.latency.runs), "" if index % len(models) == 0 else verdict(result),
-            f"{result.memory_bytes / 1e6:.1f}", f"{result.size_bytes / 1e3:,.0f}",
+            f"{result.load_ms:.0f}", f"{result.first_ms:.2f}", f"{result.memory_bytes / 1e6:.1f}",
+            f"{result.size_bytes / 1e3:,.0f}",
         )  # fmt: skip
     show(table)
+    for name, rows in profiles.items():
+        show(_profile(name, rows))
     return 0
+
+
+def _profile(name: str, rows: list[OperatorTime]) -> Table:
+    table = Table(title=f"{name}, by operator")
+    for column in ("operator", "nodes", "ms a run", "share"):
+        table.add_column(column, justify="left" if column == "operator" else "right")
+    for row in rows:
+        table.add_row(row.operator, str(row.nodes), f"{row.milliseconds:.3f}", f"{100 * row.share:.1f} %")
+    return table
 
 
 def verdict(result: BenchResult) -> str:

@@ -38,6 +38,12 @@ RUN_OPTIONS = [
     click.option("--target-params", type=float, metavar="F", help="Share of the parameters that may remain."),
     click.option("--target-size", type=float, metavar="F", help="Share of the bytes of the weights that may remain."),
     click.option(
+        "--target-latency",
+        type=float,
+        metavar="F",
+        help="Share of the measured time that may remain, on the first --ep.",
+    ),
+    click.option(
         "--max-drop",
         type=float,
         metavar="P",

@@ -1,0 +1,34 @@
+"""`onnxprune probe`: what the target likes."""
+
+from __future__ import annotations
+
+import click
+from rich.table import Table
+
+from onnxprune.bench import find_providers
+from onnxprune.cli.options import with_json
+from onnxprune.cli.output import print_json, say, show
+from onnxprune.probe import cache_file, probe
+
+
+@click.command("probe", short_help="Measure what widths cost on this machine.")
+@click.option("--ep", default="cpu", metavar="NAME", help="Execution provider.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of onnxruntime.")
+@click.option("--fresh", is_flag=True, help="Measure again, whatever the cache holds.")
+@with_json
+def probe_command(ep: str, threads: int | None, fresh: bool, as_json: bool) -> int:
+    """Measures the steps in which widths cost time, and how fast operators are; runs use what is found."""
+    provider = find_providers([ep])[0]
+    found = probe(provider, threads, fresh)
+    if as_json:
+        print_json(found.to_json())
+        return 0
+    table = Table(title=f"{found.machine}, {provider}, onnxruntime {found.onnxruntime}")
+    for name in ("operators", "widths in steps of", "MACs a nanosecond"):
+        table.add_column(name, justify="left" if name == "operators" else "right")
+    for kind, step in found.steps.items():
+        table.add_row(kind, str(step), f"{found.speed[kind]:.1f}")
+    show(table)
+    say(f"others write {found.elements:.1f} numbers a nanosecond; an operator takes {found.overhead:.0f} ns or more")
+    say(f"kept in {cache_file(provider, threads)}")
+    return 0

@@ -1,0 +1,106 @@
+"""Targets that are measured: what the machine likes, the estimate made of it, and the search that corrects it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnxprune.cost import Cost
+from onnxprune.errors import UsageError
+from onnxprune.labels import analyse
+from onnxprune.latency import CORRECTIONS, correct
+from onnxprune.model import open_model
+from onnxprune.normalise import normalise
+from onnxprune.options import RunOptions
+from onnxprune.probe import CPU, Probe, block_size, cache_file, probe
+from onnxprune.select import Rounding, survivors_by_share
+from onnxprune.units import find_units
+from tests.conftest import MODELS, call
+from tests.graphs import graph
+
+SPEED = {"conv": 10.0, "pointwise": 20.0, "depthwise": 5.0, "matmul": 40.0}
+STEPS = {"conv": 8, "pointwise": 8, "depthwise": 8, "matmul": 1}
+TARGET = Probe("a machine", CPU, 1, "1.0", STEPS, SPEED, 2.0, 100.0)
+
+
+def test_the_block_is_what_the_runtime_pads_to() -> None:
+    assert block_size() in (1, 4, 8, 16, 32, 64)
+
+
+def test_a_probe_is_kept_and_read_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path))
+    found = probe(threads=1)
+    assert cache_file(CPU, 1).is_file() and probe(threads=1) == found
+    assert found.steps["conv"] == block_size() and found.steps["matmul"] == 1
+    assert all(speed > 0 for speed in found.speed.values())
+    cache_file(CPU, 1).write_text("{}")
+    assert probe(threads=1).steps == found.steps  # measured anew
+
+
+def test_widths_are_rounded_to_the_block_and_narrow_ones_to_less() -> None:
+    units = find_units(analyse(normalise(open_model(MODELS / "digits_resnet.onnx"))))
+    scores = np.random.default_rng(0).random(units.count)
+    for block in (4, 8, 16):
+        alive = survivors_by_share(units, scores, 0.5, Rounding(None, block))
+        for group in units.groups:
+            left, whole = int(alive[group.units].sum()) * group.repeats, len(group.units) * group.repeats
+            step = next((s for s in (block, block // 2, block // 4) if s >= 4 and whole >= 4 * s), 1)
+            assert not group.aligned or left % step == 0 or left == whole
+
+
+def test_the_estimate_counts_rounded_products_and_what_else_is_written() -> None:
+    model = graph("(float[N,3,6,6] x, float[32,3,3,3] w, float[5,32,1,1] v) => (float[N,5,H,W] y) "
+                  "{ h = Conv(x, w) s = Sigmoid(h) y = Conv(s, v) }")  # fmt: skip
+    units = find_units(analyse(model))
+    (group,) = units.groups
+    for kept, counted in ((32, 32), (17, 24), (16, 16), (9, 16)):
+        alive = np.ones(units.count, bool)
+        alive[group.units[kept:]] = False
+        expected = 300 + 16 * 27 * counted / 10 + 16 * kept / 2 + 16 * 5 * counted / 20
+        assert Cost(units, TARGET).nanoseconds(alive) == pytest.approx(expected, abs=1)
+    assert Cost(units).nanoseconds(np.ones(units.count, bool)) == 0
+
+
+def staircase(estimate: float) -> float:
+    return 0.1 * np.floor(estimate * 10)
+
+
+SHAPES: dict[str, tuple[Callable[[float], float], float, float]] = {  # measured by estimate; asked; what is found
+    "as estimated": (lambda e: e, 0.5, 0.5),
+    "slower than estimated": (lambda e: 0.3 + 0.7 * e, 0.5, 0.49),
+    "faster than estimated": (lambda e: e**2, 0.5, 0.49),
+    "in steps": (staircase, 0.55, 0.5),
+    "out of reach": (lambda e: 0.8 + 0.1 * e, 0.5, 0.81),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_search_ends_at_the_slowest_cut_within_the_time(name: str) -> None:
+    measured, asked, wanted = SHAPES[name]
+    tried = []
+
+    def cut_at(estimate: float) -> tuple[float, float]:
+        tried.append(estimate)
+        return estimate, float(measured(estimate))
+
+    found = correct(asked, cut_at)
+    assert found is not None and found[1] == pytest.approx(wanted, abs=0.03)
+    assert len(tried) <= CORRECTIONS
+
+
+def test_where_no_cut_is_fast_enough_for_the_estimate() -> None:
+    assert correct(0.5, lambda estimate: None) is None
+
+
+def test_a_target_latency_is_measured_and_reported(tmp_path: Path) -> None:
+    result = call("run", MODELS / "digits_vit.onnx", "-o", "out.onnx", "--data", MODELS / "digits.npz", "--epochs", 0,
+                  "--target-latency", 0.8, "--threads", 1, "--json", cwd=tmp_path)  # fmt: skip
+    assert result.status in (0, 5)
+    entry = result.json["target"]["resources"]["latency"]
+    assert entry["asked"] == 0.8 and entry["reached"] == pytest.approx(1 / result.json["speedup"][CPU]["speedup"])
+    assert (result.status == 0) == (entry["reached"] <= 0.8 * 1.05)
+    with pytest.raises(UsageError, match="target-latency"):
+        RunOptions(target_latency=1.5)
