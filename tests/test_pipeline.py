@@ -59,7 +59,7 @@ def test_a_failing_round_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             raise TrainingError("training failed (memory): out of memory")
 
     monkeypatch.setattr(pipeline, "fine_tune", fail_after_the_first)
-    monkeypatch.setattr(pipeline, "install_runtime", lambda say: None)
+    monkeypatch.setattr(pipeline, "prepare_trainer", lambda trainer, say: None)
     report = run(tmp_path, target_macs=0.5, epochs=1, rounds=2)
     assert not report.met
     assert [record["accepted"] for record in report.rounds][:2] == [True, False]
@@ -73,7 +73,7 @@ def test_when_every_round_fails_the_run_does(tmp_path: Path, monkeypatch: pytest
         raise TrainingError("training failed (memory): out of memory")
 
     monkeypatch.setattr(pipeline, "fine_tune", fail)
-    monkeypatch.setattr(pipeline, "install_runtime", lambda say: None)
+    monkeypatch.setattr(pipeline, "prepare_trainer", lambda trainer, say: None)
     with pytest.raises(TrainingError, match="memory"):
         run(tmp_path, target_macs=0.5, epochs=1)
     assert not (tmp_path / "out.onnx").exists()

@@ -77,6 +77,26 @@ def passed(row: dict[str, Any]) -> bool:
     return "error" not in row and row["difference"] <= EQUAL and row["losses"][1] < row["losses"][0]
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A page with a row for each model."""
+    lines = [
+        "# Ten steps of training on every kind of model", "",
+        "Written by `tools/sweep_training.py`: each model cut at 0.5, the uncut one as teacher, ten steps of AdamW on",
+        "four fixed random inputs (the model's own batch where it insists on one). The difference is that of the",
+        "training graph, with statistics kept, to the outputs; the trained weights then ran in onnxruntime.", "",
+        f"{sum(map(passed, rows))} of {len(rows)} train.", "",
+        "| model | difference | loss before | after | lowered, or what failed |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in sorted(rows, key=lambda each: str(each["name"])):
+        if "error" in row:
+            lines.append(f"| {row['name']} | | | | {row['error'].split(chr(10))[0][:160]} |")
+        else:
+            before, after = row["losses"]
+            lowered = ", ".join(row["lowered"])
+            lines.append(f"| {row['name']} | {row['difference']:.0e} | {before:.4g} | {after:.4g} | {lowered} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -84,12 +104,17 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, help="seconds for a model")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path, default=Path("training.json"))
+    parser.add_argument("--table", type=Path, help="also write a page of Markdown")
+    parser.add_argument("--merge", type=Path, nargs="*", default=[], help="rows that earlier runs wrote")
     given = parser.parse_args()
     if given.one:
         print(json.dumps(tune_one(given.folder / f"{given.names[0]}.onnx")))
         return
     rows: list[dict[str, Any]] = []
-    for name in given.names or sorted(path.stem for path in given.folder.glob("*.onnx")):
+    fresh = given.names or sorted(path.stem for path in given.folder.glob("*.onnx"))
+    for earlier in given.merge:
+        rows += [row for row in json.loads(earlier.read_text()) if row["name"] not in fresh]
+    for name in fresh:
         rows.append(row := run_child(given.folder / f"{name}.onnx", given.limit))
         if "error" in row:
             print(f"{name:42s} FAILED {row['error']}", flush=True)
@@ -97,6 +122,8 @@ def main() -> None:
             said = f"loss {row['losses'][0]:.4f} -> {row['losses'][1]:.4f}  lowered: {', '.join(row['lowered'])}"
             print(f"{name:42s} {row['seconds']:6.1f} s  {row['difference']:.1e}  {said}", flush=True)
         given.output.write_text(json.dumps(rows, indent=1) + "\n")
+    if given.table:
+        given.table.write_text(markdown(rows))
     print(f"{sum(map(passed, rows))} of {len(rows)} train")
 
 

@@ -39,7 +39,7 @@ def inspect_command(model: Path, granularity: str, as_json: bool) -> int:
         f"{100 * found.reachable_macs:.0f} % of the MACs and {100 * found.reachable_params:.0f} % of the parameters go"
     )
     for reason, count in Counter(found.untrainable.values()).most_common():
-        say(f"{count} parameters can't be fine-tuned: {reason}")
+        say(f"{count} initializers can't be fine-tuned: {reason}")
     if found.reachable_params < HALF and found.locks:
         reason, numbers = _by_reason(found)[0]
         say(f"what holds most of it back: {reason} ({100 * numbers / max(found.params, 1):.0f} % of the parameters)")

@@ -178,7 +178,7 @@ def _prepare(
     sizes = {name: (shard, *array.shape[1:]) for name, array in arrays.items()}
     graph, names, frozen = training_graph(model, loss, sizes, options.freeze, choose_trainer(options.trainer))
     for reason, count in Counter(frozen.values()).items():
-        note(f"{count} parameters keep their numbers in fine-tuning: {reason}")
+        note(f"fine-tuning leaves {count} initializers as they are: {reason}")
     differentiated = _save_graph(graph, names, folder, options.trainer)
     save_model(teacher_graph(teacher, loss), folder / "teacher.onnx")
     files = {name: str(_array_file(folder, f"input{i}", array)) for i, (name, array) in enumerate(arrays.items())}

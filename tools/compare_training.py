@@ -1,0 +1,109 @@
+"""Training throughput beside PyTorch: the same file, batch, loss, optimizer and threads, in turns.
+
+    python tools/compare_training.py MODEL=CHANNELS,HEIGHT,WIDTH … --peer-python PYTHON [--threads 1 2] [-o FILE]
+
+PYTHON is an interpreter with torch and onnx2torch. Each turn times steps of 64 random images with AdamW and
+cross-entropy: onnxprune with ONNX Runtime training, with gradients as ONNX nodes, and PyTorch. What is written, as JSON
+and as a table, are images per second as shares of PyTorch's in the same turn, the median over turns and their range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BATCH, STEPS, SKIPPED = 64, 14, 4
+
+PEER = """
+import sys, time
+import numpy as np, torch
+from onnx2torch import convert
+path, threads, steps, batch, *shape = sys.argv[1:]
+torch.set_num_threads(int(threads))
+model = convert(path).train()
+rng = np.random.default_rng(0)
+x = torch.tensor(rng.standard_normal((int(batch), *map(int, shape))), dtype=torch.float32)
+y = torch.tensor(rng.integers(0, 10, int(batch)))
+optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=1e-4)
+times = []
+for _ in range(int(steps)):
+    start = time.perf_counter()
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+    optimizer.step()
+    times.append(time.perf_counter() - start)
+print(np.median(times[4:]))
+"""
+
+
+def ours(path: str, trainer: str, threads: int, shape: list[int]) -> float:
+    """Seconds of a step."""
+    from onnxprune.data import Dataset
+    from onnxprune.model import open_model
+    from onnxprune.normalise import normalise
+    from onnxprune.training import Loss, TrainingOptions, fine_tune
+
+    model = normalise(open_model(path))
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((BATCH, *shape)).astype(np.float32)
+    data = Dataset({model.graph.inputs[0].name or "": images}, rng.integers(0, 10, BATCH))
+    moments: list[float] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            moments.append(time.perf_counter())
+
+    options = TrainingOptions(trainer, epochs=STEPS, lr=1e-4, threads=threads, loss=Loss(distillation=0.0))  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        fine_tune(model.clone(), model, data, Path(folder) / "job", options, progress=listen)
+    return float(np.median(np.diff(moments)[SKIPPED:]))
+
+
+def theirs(python: str, path: str, threads: int, shape: list[int]) -> float:
+    """Seconds of a step in PyTorch."""
+    words = [python, "-c", PEER, path, str(threads), str(STEPS), str(BATCH), *map(str, shape)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"PyTorch failed on {path}: {done.stderr.strip().splitlines()[-1]}")
+    return float(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL=C,H,W")
+    parser.add_argument("--peer-python", required=True)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("-o", "--output", type=Path, default=Path("throughput.json"))
+    given = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    lines = ["| model | threads | ONNX Runtime training | gradients as nodes |", "|---|---|---|---|"]
+    for entry in given.models:
+        path, _, sizes = entry.partition("=")
+        shape = [int(size) for size in sizes.split(",")]
+        for threads in given.threads:
+            shares: dict[str, list[float]] = {"ort": [], "graph": []}
+            for _ in range(given.turns):
+                peer = theirs(given.peer_python, path, threads, shape)
+                for trainer, found in shares.items():
+                    found.append(peer / ours(path, trainer, threads, shape))
+            rows.append({"model": Path(path).name, "threads": threads, **shares})
+            said = [f"{np.median(v):.2f}x ({min(v):.2f} to {max(v):.2f})" for v in shares.values()]
+            lines.append(f"| {Path(path).name} | {threads} | {' | '.join(said)} |")
+            print(lines[-1], flush=True)
+            given.output.write_text(json.dumps(rows, indent=1) + "\n")
+            given.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
