@@ -6,10 +6,10 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,11 +20,9 @@ from numpy.typing import NDArray
 from onnxprune.data import random_inputs
 from onnxprune.errors import UsageError
 from onnxprune.evaluate import Batch, run_session, session_options
+from onnxprune.interleave import WARM_UP, interleave
 from onnxprune.model import external_files, open_model, open_session
 
-WARM_UP = 5
-FEWEST_RUNS = 20
-MOST_RUNS = 2000
 RESAMPLES = 2000
 BLOCKS = 20
 
@@ -110,21 +108,33 @@ def bench_models(
     inputs = random_inputs(open_model(paths[0]), seed, batch)
     results = []
     for provider in full:
-        times, starts = _interleave(paths, provider, inputs, threads, seconds, precision)
-        for path, row, (load, first) in zip(paths, times, starts, strict=True):
-            results.append(
-                BenchResult(
-                    str(path),
-                    provider,
-                    Latency(float(np.median(row)) * 1e3, float(np.quantile(row, 0.9)) * 1e3, len(row)),
-                    compare(times[0], row),
-                    added_memory(path, provider, threads, batch, seed),
-                    model_bytes(path),
-                    load * 1e3,
-                    first * 1e3,
-                )
-            )
+        rows, starts = _interleave(paths, provider, inputs, threads, seconds, precision)
+        memory = [added_memory(path, provider, threads, batch, seed) for path in paths]
+        results += results_of(paths, provider, rows, starts, memory)
     return results
+
+
+def results_of(
+    paths: Sequence[Path],
+    provider: str,
+    times: NDArray[np.float64],
+    starts: Sequence[tuple[float, float]],
+    memory: Sequence[int],
+) -> list[BenchResult]:
+    """The figures of each model from the seconds of its runs, shape (models, runs), of its loading and first run."""
+    return [
+        BenchResult(
+            str(path),
+            provider,
+            Latency(float(np.median(row)) * 1e3, float(np.quantile(row, 0.9)) * 1e3, len(row)),
+            compare(times[0], row),
+            added,
+            model_bytes(path),
+            load * 1e3,
+            first * 1e3,
+        )
+        for path, row, (load, first), added in zip(paths, times, starts, memory, strict=True)
+    ]
 
 
 def time_models(
@@ -145,26 +155,12 @@ def _interleave(
     precision: float | None = None,
 ) -> tuple[NDArray[np.float64], list[tuple[float, float]]]:
     """Seconds of every run, shape (models, runs); and for each model those of loading it and of its first run."""
-    sessions, starts = [], []
-    for path in paths:
-        before = time.perf_counter()
-        sessions.append(open_session(str(path), session_options(threads), [provider]))
-        loaded = time.perf_counter()
-        run_session(sessions[-1], inputs)
-        starts.append((loaded - before, time.perf_counter() - loaded))
-    for session in sessions:
-        for _ in range(WARM_UP):
-            run_session(session, inputs)
-    rows: list[list[float]] = [[] for _ in sessions]
-    start = time.perf_counter()
-    while len(rows[0]) < MOST_RUNS and (len(rows[0]) < FEWEST_RUNS or time.perf_counter() - start < seconds):
-        turn = len(rows[0]) % len(sessions)
-        for index in [*range(turn, len(sessions)), *range(turn)]:
-            before = time.perf_counter()
-            sessions[index].run(None, dict(inputs))
-            rows[index].append(time.perf_counter() - before)
-        if precision is not None and len(rows[0]) % FEWEST_RUNS == 0 and _width(rows) <= precision:
-            break
+    for path in paths:  # once, for an error that says what is wrong
+        run_session(open_session(str(path), session_options(threads), [provider]), inputs)
+    openers = [partial(open_session, str(path), session_options(threads), [provider]) for path in paths]
+    rows, starts = interleave(
+        openers, inputs, seconds, lambda rows: precision is not None and _width(rows) <= precision
+    )
     return np.array(rows), starts
 
 

@@ -153,14 +153,17 @@ class Cost:
         return round(sum(math.prod(size(value) or ()) * width for value, width, _ in self._parameters))
 
     def of_groups(self, units: Units) -> list[float]:
-        """The share of all MACs that goes with all but one unit of each group; of the parameters, where none goes."""
-        everything = np.ones(units.count, bool)
-        total, params = self.macs(everything), self.params(everything)
+        """The share of all MACs that goes with all but one unit of each group; of the parameters, where none goes.
+
+        With a target, the share of the estimated time.
+        """
+        everything, cost = np.ones(units.count, bool), self.macs if self._target is None else self.nanoseconds
+        total, params = cost(everything), self.params(everything)
         shares = []
         for group in units.groups:
             rest = everything.copy()
             rest[group.units[1:]] = False
-            saved = (total - self.macs(rest)) / max(total, 1) or (params - self.params(rest)) / max(params, 1)
+            saved = (total - cost(rest)) / max(total, 1) or (params - self.params(rest)) / max(params, 1)
             shares.append(max(saved, 1e-12))
         return shares
 

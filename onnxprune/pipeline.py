@@ -251,7 +251,7 @@ class Run:
     @cached_property
     def origin(self) -> Origin:
         """What the groups of the uncut model are like: scores of later rounds are relative to it."""
-        origin = origin_of(self.units)
+        origin = origin_of(self.units, self.target)
         if self.options.prior is None:
             return origin
         factors = load_sensitivity(Path(self.options.prior)).factors(self.units, self.options.seed)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnxprune.cost import Cost
 from onnxprune.errors import ModelError
 from onnxprune.model import constant, release
+from onnxprune.probe import Probe
 from onnxprune.units import Group, Units, is_parameter, weight_matrix
 
 Scores = NDArray[np.float64]
@@ -198,14 +199,15 @@ def stored(value: ir.Value | None) -> ir.Value | None:
 Origin = dict[str, tuple[int, float]]  # group -> units in the uncut model, and the factor of its scores
 
 
-def origin_of(units: Units) -> Origin:
+def origin_of(units: Units, target: Probe | None = None) -> Origin:
     """What makes scores of different groups comparable, taken from the uncut model.
 
     A group's scores, whose mean is about the same everywhere, are divided by the root of what one channel of it costs,
     its share of the MACs over its channels: dear channels go first. A head counts as as many channels as it has, so
-    that heads and hidden units are on one scale. Chosen by measurement (docs/architecture.md).
+    that heads and hidden units are on one scale. Chosen by measurement (docs/architecture.md). With a `target` it is
+    the estimated time there that counts, in place of MACs.
     """
-    costs = Cost(units).of_groups(units)
+    costs = Cost(units, target).of_groups(units)
     return {
         group.name: (len(group.units), (group.channels / cost) ** 0.5)
         for group, cost in zip(units.groups, costs, strict=True)

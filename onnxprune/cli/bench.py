@@ -10,7 +10,9 @@ from rich.table import Table
 
 from onnxprune.bench import BenchResult, OperatorTime, bench_models, profile_model
 from onnxprune.cli.options import with_json
-from onnxprune.cli.output import print_json, show
+from onnxprune.cli.output import print_json, say, show
+from onnxprune.errors import UsageError
+from onnxprune.remote import SCRIPT, bench_by_ssh, full_name, write_bundle
 
 
 @click.command("bench", short_help="Time models against each other.")
@@ -30,6 +32,12 @@ from onnxprune.cli.output import print_json, show
     help="End when the ratio is known so well: 0.02.",
 )
 @click.option("--profile", is_flag=True, help="Also show how long which operators take, on the first provider.")
+@click.option(
+    "--target",
+    metavar="ssh:HOST|script:FOLDER",
+    help="Time on another machine: [user@]host[:port] by ssh, or write a folder to be run there by hand.",
+)
+@click.option("--python", default="python3", metavar="COMMAND", help="Python on the other machine.")
 @with_json
 def bench_command(
     models: tuple[Path, ...],
@@ -39,10 +47,25 @@ def bench_command(
     seconds: float,
     precision: float | None,
     profile: bool,
+    target: str | None,
+    python: str,
     as_json: bool,
 ) -> int:
     """Times MODELS on random inputs: one process, interleaved runs; each is compared with the first."""
-    results = bench_models(models, ep, threads, batch, seconds, precision=precision)
+    kind, _, place = (target or "").partition(":")
+    if target is not None and (kind not in ("ssh", "script") or not place):
+        raise UsageError(f"--target {target}: give ssh:HOST or script:FOLDER")
+    if target is not None and (precision or profile):
+        raise UsageError("--precision and --profile are for this machine, not for a --target")
+    if kind == "script":
+        write_bundle(models, Path(place), [full_name(each) for each in ep], threads, batch, seconds)
+        say(f"written: {place}; on the device, with numpy and onnxruntime: python3 {Path(place).name}/{SCRIPT}")
+        return 0
+    if kind == "ssh":
+        results, machine = bench_by_ssh(place, models, ep, threads, batch, seconds, python)
+        say(f"on {place}: {machine}")
+    else:
+        results = bench_models(models, ep, threads, batch, seconds, precision=precision)
     profiles = {str(model): profile_model(model, ep[0], threads, batch) for model in models if profile}
     if as_json:
         operators = {name: [asdict(row) for row in rows] for name, rows in profiles.items()}

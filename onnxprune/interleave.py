@@ -1,0 +1,86 @@
+"""Runs of several models in turns, timed. It stands alone: `bench --target` sends this file to devices as it is.
+
+There it needs Python 3.8, numpy and onnxruntime, and prints one JSON object: what `bench_models` makes its figures of.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Sequence, Tuple  # noqa: UP035 - devices have old Pythons
+
+WARM_UP = 5
+FEWEST_RUNS, MOST_RUNS = 20, 2000
+
+Rows = List[List[float]]  # noqa: UP006
+
+
+def interleave(
+    openers: Sequence[Callable[[], Any]],
+    feeds: Dict[str, Any],  # noqa: UP006
+    seconds: float,
+    enough: Callable[[Rows], bool] = lambda rows: False,
+) -> Tuple[Rows, List[Tuple[float, float]]]:  # noqa: UP006
+    """Seconds of every run by model; and for each model those of opening its session and of its first run.
+
+    Runs take turns, so that whatever else the machine does hits all models, and the order turns too. It ends when the
+    seconds are spent, or `enough` says so every twenty runs.
+    """
+    sessions, starts = [], []
+    for opener in openers:
+        before = time.perf_counter()
+        sessions.append(opener())
+        opened = time.perf_counter()
+        sessions[-1].run(None, dict(feeds))
+        starts.append((opened - before, time.perf_counter() - opened))
+    for session in sessions:
+        for _ in range(WARM_UP):
+            session.run(None, dict(feeds))
+    rows: Rows = [[] for _ in sessions]
+    start = time.perf_counter()
+    while len(rows[0]) < MOST_RUNS and (len(rows[0]) < FEWEST_RUNS or time.perf_counter() - start < seconds):
+        turn = len(rows[0]) % len(sessions)
+        for index in [*range(turn, len(sessions)), *range(turn)]:
+            before = time.perf_counter()
+            sessions[index].run(None, dict(feeds))
+            rows[index].append(time.perf_counter() - before)
+        if len(rows[0]) % FEWEST_RUNS == 0 and enough(rows):
+            break
+    return rows, starts
+
+
+def _opener(onnxruntime: Any, path: str, provider: str, threads: int | None) -> Callable[[], Any]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    return lambda: onnxruntime.InferenceSession(path, options, providers=[provider])
+
+
+def main() -> None:
+    """On a device: times the models of `settings.json` in this file's folder, on the inputs of `inputs.npz`."""
+    import numpy as np
+    import onnxruntime
+
+    folder = Path(__file__).resolve().parent
+    settings = json.loads((folder / "settings.json").read_text())
+    with np.load(str(folder / "inputs.npz")) as arrays:
+        feeds = dict(arrays)
+    found: Dict[str, Any] = {"providers": {}}  # noqa: UP006
+    for provider in settings["providers"]:
+        if provider not in onnxruntime.get_available_providers():
+            sys.exit(f"{provider} isn't in this onnxruntime: {onnxruntime.get_available_providers()}")
+        openers = [_opener(onnxruntime, str(folder / m), provider, settings["threads"]) for m in settings["models"]]
+        rows, starts = interleave(openers, feeds, settings["seconds"])
+        found["providers"][provider] = {"rows": rows, "starts": starts}
+    found["machine"] = (
+        f"{platform.machine()}, Python {platform.python_version()}, onnxruntime {onnxruntime.__version__}"
+    )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
