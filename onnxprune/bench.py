@@ -159,7 +159,7 @@ def _interleave(
         run_session(open_session(str(path), session_options(threads), [provider]), inputs)
     openers = [partial(open_session, str(path), session_options(threads), [provider]) for path in paths]
     rows, starts = interleave(
-        openers, inputs, seconds, lambda rows: precision is not None and _width(rows) <= precision
+        openers, dict(inputs), seconds, lambda rows: precision is not None and _width(rows) <= precision
     )
     return np.array(rows), starts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -22,8 +23,8 @@ from onnxprune.judge import Judge
 from onnxprune.labels import analyse
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
-from onnxprune.training import Loss, TrainingOptions, fine_tune, runtime
-from onnxprune.training.client import choose_augmentation
+from onnxprune.training import Loss, Trainer, TrainingOptions, fine_tune, runtime
+from onnxprune.training.client import WorkerDiedError, choose_augmentation
 from onnxprune.training.forward import teacher_graph, trainable, training_graph, untrainable
 from onnxprune.training.losses import plan_loss
 from onnxprune.training.worker import AdamW, augment, learning_rate
@@ -327,6 +328,28 @@ def test_what_lies_behind_an_operator_without_gradient_is_frozen_and_the_rest_tr
     changed = {name for name, array in numbers(student).items() if (array != before[name]).any()}
     assert changed == {"v"}
     assert "leaves 1 initializers as they are" in events[0]["message"]
+
+
+@needs_training
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ort", "graph"])
+def test_twenty_kills_at_random_steps_change_nothing(trainer: Trainer, tmp_path: Path) -> None:
+    model, rng = load("digits_mlp"), np.random.default_rng(0)
+    options = TrainingOptions(trainer, epochs=200, checkpoint_seconds=0.0)
+    whole = damaged(model)
+    fine_tune(whole, model, digits(model), tmp_path / "whole", options)
+    student, folder, kills = damaged(model), tmp_path / "killed", [0]
+
+    def progress(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and kills[0] < 20 and rng.random() < 0.03:
+            kills[0] += 1
+            os.kill(int((folder / "worker.pid").read_text()), signal.SIGKILL)
+
+    while not (folder / "result.npz").exists():  # a run gives up after two restarts; the next one resumes
+        with contextlib.suppress(WorkerDiedError):
+            fine_tune(student, model, digits(model), folder, options, progress=progress)
+    assert kills[0] == 20
+    assert all((numbers(student)[name] == array).all() for name, array in numbers(whole).items())
 
 
 @needs_training
