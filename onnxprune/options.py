@@ -7,6 +7,7 @@ from typing import Literal
 
 from onnxprune.errors import UsageError
 from onnxprune.labels.solve import Granularity
+from onnxprune.quantise import Numbers
 from onnxprune.score import Scope
 from onnxprune.select import Keep
 from onnxprune.threshold import INITIAL, Schedule
@@ -24,7 +25,8 @@ class RunOptions:
     Targets are shares that may remain (0.5 = half); `max_drop` is in points of the metric; `round_to` None is
     automatic, `rounds`, `epochs` and `lr` None are chosen by the run; `prior` is a file that `sensitivity` wrote.
     `minutes` end the fine-tuning of all rounds together, `sparsify` is epochs before each cut in which what goes fades.
-    `memory` bounds, in MB, what repair holds beside models and runtime; None is 2048.
+    `memory` bounds, in MB, what repair holds beside models and runtime; None is 2048. `quantize` makes the numbers of
+    the result smaller, unless that costs more than may be lost.
     Raises `UsageError` for values out of range.
     """
 
@@ -66,6 +68,7 @@ class RunOptions:
     freeze: tuple[str, ...] = ()
     batch: int = 64
     bench_seconds: float = 4.0
+    quantize: Numbers | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.targets.items():

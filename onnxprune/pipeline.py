@@ -41,6 +41,7 @@ from onnxprune.options import RESOURCES, RunOptions
 from onnxprune.plan import Plan, Reordering, load_plan
 from onnxprune.probe import CPU, Probe, probe
 from onnxprune.progress import Listener
+from onnxprune.quantise import Numbers, quantise
 from onnxprune.reconstruct import reconstruct
 from onnxprune.repair import reestimate_batch_norm
 from onnxprune.report import Report, Side, latency_sides, versions, widths
@@ -119,6 +120,8 @@ def run(
     baseline = normalise(open_model(source))
     units = prunable(baseline, str(source), options.granularity, options.kinds, options.protect)
     moved = line_up(units, options.criterion if options.criterion in CRITERIA else LINED_UP_BY, options.seed)
+    if options.quantize == "int8" and data is None:
+        raise UsageError("--quantize int8 takes ranges from data: give --data, or use --quantize dynamic")
     train, evaluation = _load(baseline, data, eval_data, images, options, notes)
     open_workspace(folder, configuration(source, train, evaluation, options), resume)
     if not (folder / "baseline.onnx").exists():
@@ -658,9 +661,21 @@ class Run:
         write_json(self.folder / "plan.json", state.plan.to_json(sha256(self.folder / "baseline.onnx")))
         save_model(open_model(self.folder / "pruned.onnx"), self.output)
 
+    def _quantise(self, numbers: Numbers) -> None:
+        """Makes the numbers of the result smaller, unless that costs more points than may be lost."""
+        place = self.folder / "quantised.onnx"
+        quantise(self.folder / "pruned.onnx", place, numbers, self.train)
+        verdict = self.judge.measure(open_model(place))
+        if self.allowed is not None and verdict.drop > self.allowed:
+            self.note(f"with {numbers} numbers {verdict.drop:.2f} points are lost: left as they were; see {place}")
+            return
+        save_model(open_model(place), self.output)
+
     def _report(self, state: State, records: list[Record], started: float) -> Report:
         self.listener.stage("saving and checking the result")
         self._write(state)
+        if self.options.quantize is not None:
+            self._quantise(self.options.quantize)
         self.listener.stage("benchmarking before against after")
         paths = (self.source, self.output)
         results = bench_models(paths, self.options.providers, self.options.threads, seconds=self.options.bench_seconds)

@@ -45,3 +45,21 @@ def test_the_format_of_minimal_builds(tmp_path: Path) -> None:
 def test_int8_wants_data_and_leaves_nothing_without(tmp_path: Path) -> None:
     result = call("export", MODELS / "digits_mlp.onnx", "-o", "out.onnx", "--quantize", "int8", cwd=tmp_path)
     assert result.status == 2 and "--data" in result.err and not (tmp_path / "out.onnx").exists()
+
+
+def test_a_run_that_ends_with_smaller_numbers(tmp_path: Path) -> None:
+    given = ("--data", MODELS / "digits.npz", "--eval-data", MODELS / "digits_test.npz", "--epochs", 0, "--json")
+    words = ("--target-macs", 0.5, "--quantize", "int8")
+    result = call("run", MODELS / "digits_resnet.onnx", "-o", "out.onnx", *words, *given, cwd=tmp_path)
+    assert result.status == 0, result.err
+    assert result.json["pruned"]["size_bytes"] < 0.5 * result.json["baseline"]["size_bytes"]
+    assert result.json["pruned"]["metric"]["value"] == pytest.approx(100 * accuracy(tmp_path / "out.onnx"), abs=0.2)
+    assert "QuantizeLinear" in {node.op_type for node in open_model(tmp_path / "out.onnx").graph}
+
+
+def test_smaller_numbers_that_cost_too_much_are_not_delivered(tmp_path: Path) -> None:
+    given = ("--data", MODELS / "digits.npz", "--eval-data", MODELS / "digits_test.npz", "--epochs", 0, "--json")
+    words = ("--target-macs", 0.9, "--max-drop", 0, "--metric", "kl", "--quantize", "int8", "--rounds", 1)
+    result = call("run", MODELS / "digits_mlp.onnx", "-o", "out.onnx", *words, *given, cwd=tmp_path)
+    assert result.status == 5 and any("int8 numbers" in note for note in result.json["notes"])
+    assert "QuantizeLinear" not in {node.op_type for node in open_model(tmp_path / "out.onnx").graph}

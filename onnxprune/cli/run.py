@@ -23,6 +23,7 @@ from onnxprune.cli.output import TerminalListener, print_json, report_tables, sa
 from onnxprune.errors import TargetError
 from onnxprune.options import RunOptions
 from onnxprune.pipeline import DATA_CRITERIA, run
+from onnxprune.quantise import NUMBERS
 from onnxprune.report import Report
 from onnxprune.score import CRITERIA
 from onnxprune.threshold import INITIAL
@@ -97,6 +98,11 @@ RUN_OPTIONS = [
     ),
     click.option(
         "--ep", multiple=True, default=("cpu",), metavar="NAME", help="Execution providers to benchmark on; repeatable."
+    ),
+    click.option(
+        "--quantize",
+        type=click.Choice(NUMBERS),
+        help="Smaller numbers in the end; dynamic is for transformers.",
     ),
     click.option("--threads", type=int, metavar="N", help="Threads of onnxruntime and of training."),
     click.option("--memory", type=int, metavar="MB", help="What repair may hold beside the models.  [default: 2048]"),
