@@ -171,6 +171,28 @@ def _width(rows: list[list[float]]) -> float:
     return max(((each.high - each.low) / each.speedup for each in found), default=0.0)
 
 
+def _node_events(
+    path: Path, provider: str, threads: int | None, batch: int, runs: int, seed: int
+) -> list[dict[str, Any]]:
+    """What the runtime's profile says of every node of every run, warm-up included."""
+    inputs = random_inputs(open_model(path), seed, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(threads)
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+        session = open_session(str(path), options, [provider])
+        for _ in range(WARM_UP + runs):
+            run_session(session, inputs)
+        events = json.loads(Path(cast(Any, session).end_profiling()).read_text())
+    return [event for event in events if event.get("cat") == "Node" and event["name"].endswith("kernel_time")]
+
+
+def fallen_back(path: Path, provider: str, threads: int | None = None, batch: int = 1) -> tuple[int, int]:
+    """How many nodes ran on the CPU though another execution provider was asked for, and how many there are."""
+    nodes = _node_events(path, find_providers([provider])[0], threads, batch, 0, 0)
+    on_cpu = sum(event["args"].get("provider") == "CPUExecutionProvider" for event in nodes)
+    return on_cpu // WARM_UP, len(nodes) // WARM_UP
+
+
 @dataclass(frozen=True)
 class OperatorTime:
     """How long the nodes of one operator take in a run, as the runtime's own profile has it, after its fusions."""
@@ -188,16 +210,8 @@ def profile_model(
 
     Raises as `bench_models` does.
     """
-    inputs = random_inputs(open_model(path), seed, batch)
-    with tempfile.TemporaryDirectory() as folder:
-        options = session_options(threads)
-        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
-        session = open_session(str(path), options, find_providers([provider]))
-        for _ in range(WARM_UP + runs):
-            run_session(session, inputs)
-        events = json.loads(Path(cast(Any, session).end_profiling()).read_text())
+    nodes = _node_events(path, find_providers([provider])[0], threads, batch, runs, seed)
     spent, names = Counter[str](), dict[str, set[str]]()
-    nodes = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("kernel_time")]
     each_run = len(nodes) // (WARM_UP + runs)
     for event in nodes[WARM_UP * each_run :]:
         kind = event["args"]["op_name"]

@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from onnxprune.bench import BenchResult, OperatorTime, bench_models, profile_model
+from onnxprune.bench import BenchResult, OperatorTime, bench_models, fallen_back, find_providers, profile_model
 from onnxprune.cli.options import with_json
 from onnxprune.cli.output import print_json, say, show
 from onnxprune.errors import UsageError
+from onnxprune.probe import CPU
 from onnxprune.remote import SCRIPT, bench_by_ssh, full_name, write_bundle
 
 
@@ -66,6 +67,14 @@ def bench_command(
         say(f"on {place}: {machine}")
     else:
         results = bench_models(models, ep, threads, batch, seconds, precision=precision)
+    if kind != "ssh":
+        for model, each in ((model, each) for each in ep if find_providers([each])[0] != CPU for model in models):
+            on_cpu, nodes = fallen_back(model, each, threads, batch)
+            say(
+                f"{model}: {on_cpu} of {nodes} nodes ran on the CPU instead of {each}"
+                if on_cpu
+                else f"{model}: all on {each}"
+            )
     profiles = {str(model): profile_model(model, ep[0], threads, batch) for model in models if profile}
     if as_json:
         operators = {name: [asdict(row) for row in rows] for name, rows in profiles.items()}
