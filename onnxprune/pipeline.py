@@ -43,7 +43,7 @@ from onnxprune.probe import CPU, Probe, probe
 from onnxprune.progress import Listener
 from onnxprune.quantise import Numbers, quantise
 from onnxprune.reconstruct import reconstruct
-from onnxprune.repair import reestimate_batch_norm
+from onnxprune.repair import reestimate_batch_norm, undo_if_worse
 from onnxprune.report import Report, Side, latency_sides, versions, widths
 from onnxprune.score import CRITERIA, Origin, normalise_scores, origin_of, score_units
 from onnxprune.select import Rounding, bounded, survivors, tau_for
@@ -636,9 +636,11 @@ class Run:
         if self.calibration is None:
             return
         whole, plan = (state.model, step) if state.tuned else (self.baseline, state.plan.then(step))
-        memory = self.options.memory and self.options.memory << 20
+        memory, before = self.options.memory and self.options.memory << 20, model.clone()
         if not reconstruct(model, whole, plan, self.calibration, self.options.threads, progress, memory, note):
             reestimate_batch_norm(model, self.calibration, self.options.threads)
+        if undo_if_worse(model, before, whole, self.calibration, self.options.threads):
+            note("repair took the outputs further from the uncut ones, and was undone")
 
     def _progress(self, costs: dict[str, int], proposal: Proposal) -> float:
         """How far costs are on the way to the targets: 1 when all are met, on a logarithmic scale.

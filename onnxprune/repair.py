@@ -1,4 +1,4 @@
-"""Repair without training: batch-normalisation statistics re-estimated on calibration data."""
+"""Repair without training: batch-normalisation statistics re-estimated on data; repairs that do harm are undone."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxprune.data import Dataset, batches, fixed_batch
-from onnxprune.evaluate import BATCH, run_session, session_options
+from onnxprune.evaluate import BATCH, METRICS, predict, run_session, session_options
 from onnxprune.model import open_session
 
 SAMPLES = 1024
+PROBED = 64  # samples that tell whether a repair did harm
 FEWEST = 8  # samples in a batch from which statistics can be told
 
 
@@ -47,6 +48,24 @@ def reestimate_batch_norm(model: ir.Model, data: Dataset, threads: int | None = 
         _set(node.inputs[4], square - mean**2)
         at += width
     return len(nodes)
+
+
+def undo_if_worse(
+    model: ir.Model, before: ir.Model, whole: ir.Model, data: Dataset, threads: int | None = None
+) -> bool:
+    """Gives a model its weights `before` a repair back, in place, if the repair took it further from the `whole` model.
+
+    Measured by the cosine of the outputs on the first samples of `data`. Returns whether that was so.
+    """
+    part = data.take(slice(0, PROBED))
+    wanted, old, new = (predict(each, part, threads) for each in (whole, before, model))
+    cosine = METRICS["cosine"].compute
+    repaired = cosine(new, None, wanted)
+    if np.isfinite(repaired) and not repaired < cosine(old, None, wanted):
+        return False
+    for name, value in before.graph.initializers.items():
+        model.graph.initializers[name].const_value = value.const_value
+    return True
 
 
 def _with_batch_statistics(model: ir.Model, names: set[str | None]) -> ir.Model:

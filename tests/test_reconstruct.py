@@ -16,7 +16,7 @@ from onnxprune.model import open_model
 from onnxprune.normalise import normalise
 from onnxprune.plan import Plan
 from onnxprune.reconstruct import reconstruct
-from onnxprune.repair import reestimate_batch_norm
+from onnxprune.repair import reestimate_batch_norm, undo_if_worse
 from onnxprune.units import find_units
 from tests.conftest import MODELS
 from tests.graphs import graph, random_cut
@@ -129,3 +129,23 @@ def test_less_memory_means_coarser_not_more() -> None:
         assert bool(said) == (memory < 2**30), said
         lacks[memory] = relative_difference(wanted, run_model(pruned, inputs)) / before
     assert lacks[2**31] < 0.9 and lacks[2**24] < 0.95, lacks
+
+
+def test_a_repair_that_does_harm_is_undone() -> None:
+    model, other = (normalise(open_model(MODELS / "digits_mlp.onnx")) for _ in range(2))
+    data = as_dataset(str(MODELS / "digits.npz"), model, None)
+    for value in other.graph.initializers.values():
+        array = value.const_value.numpy()  # type: ignore[union-attr]
+        if array.dtype == np.float32:
+            value.const_value = ir.tensor(array * np.float32(0.9), name=value.name)
+    better = other.clone()
+    for worse in (other, model):
+        harmed = worse.clone()
+        for value in harmed.graph.initializers.values():
+            array = value.const_value.numpy()  # type: ignore[union-attr]
+            if array.dtype == np.float32:
+                value.const_value = ir.tensor(-array, name=value.name)
+        assert undo_if_worse(harmed, worse, model, data)
+        found, wanted = (predict(each, data)[0] for each in (harmed, worse))
+        assert (found == wanted).all()
+    assert not undo_if_worse(model.clone(), better, model, data)
