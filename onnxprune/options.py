@@ -63,6 +63,7 @@ class RunOptions:
     distillation: float = 0.8
     temperature: float = 2.0
     smoothing: float = 0.0
+    features: float = 1.0
     ema: float = 0.0
     stop_after: int | None = None
     freeze: tuple[str, ...] = ()
@@ -93,6 +94,8 @@ class RunOptions:
         for name in ("distillation", "smoothing", "ema"):
             if not 0 <= (share := getattr(self, name)) <= 1 - (name == "ema") * 1e-6:
                 raise UsageError(f"--{name} {share:g}: give a share of 0 or more, and below 1")
+        if not self.features >= 0:
+            raise UsageError(f"--features {self.features:g}: give 0 or more")
         if not self.temperature > 0:
             raise UsageError(f"--temperature {self.temperature:g}: give more than 0")
         if self.lr is not None and not self.lr > 0:
@@ -101,7 +104,7 @@ class RunOptions:
     @property
     def loss_options(self) -> Loss:
         """What is asked of the loss."""
-        return Loss(self.loss, self.distillation, self.temperature, self.smoothing)
+        return Loss(self.loss, self.distillation, self.temperature, self.smoothing, self.features)
 
     @property
     def targets(self) -> dict[str, float]:

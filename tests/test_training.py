@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from onnxprune.normalise import normalise
 from onnxprune.training import Loss, Trainer, TrainingOptions, fine_tune, runtime
 from onnxprune.training.client import WorkerDiedError, choose_augmentation
 from onnxprune.training.forward import teacher_graph, trainable, training_graph, untrainable
-from onnxprune.training.losses import plan_loss
+from onnxprune.training.losses import plan_loss, whole_features
 from onnxprune.training.worker import AdamW, augment, learning_rate
 from onnxprune.units import fading_parts, find_units
 from tests.conftest import MODELS, needs_training
@@ -413,6 +414,25 @@ def test_losses_on_labels(name: str) -> None:
     feeds = {"x": x, "onnxprune.labels": labels}
     found = run_model(training_graph(model, plan, {name: array.shape for name, array in feeds.items()})[0], feeds)[0]
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_inner_values_on_the_trunk_are_compared_where_nothing_was_cut() -> None:
+    text = (
+        "(float[N,3,6,6] x, float[4,3,1,1] w, float[{0},4,1,1] a, float[4,{0},1,1] b, float[{1},4,1,1] c, float[5,{1},1,1] v)"
+        " => (float[N,5,6,6] y) { h = Conv(x, w) i = Conv(h, a) r = Relu(i) j = Conv(r, b) s = Add(h, j) "
+        "t = Conv(s, c) y = Conv(t, v) }"
+    )
+    whole, cut_inside, cut_all = (graph(text.format(*widths)) for widths in ((6, 7), (3, 7), (3, 2)))
+    plan = plan_loss(whole, Dataset({}, None))
+    assert whole_features(whole, whole, plan) == ("s", "t")
+    assert whole_features(cut_inside, whole, plan) == ("s", "t")
+    assert whole_features(cut_all, whole, plan) == ("s",)
+    x = random_inputs(whole, seed=0, batch=2)["x"]
+    compared = replace(plan, features=("s",), weight=1.0)
+    teacher = run_model(teacher_graph(whole, compared), {"x": x})
+    feeds = {"x": x, "onnxprune.teacher.0": teacher[0], "onnxprune.teacher.1": 2 * teacher[1]}
+    loss = run_model(training_graph(whole, compared, {name: array.shape for name, array in feeds.items()})[0], feeds)[0]
+    assert float(loss) == pytest.approx(0.25, rel=1e-4)  # the square of one half
 
 
 def test_maps_of_class_scores_are_judged_by_position() -> None:

@@ -139,6 +139,9 @@ TRAINING_OPTIONS = [
     click.option(
         "--distillation", type=float, default=0.8, metavar="F", help="Share of the loss against the uncut model."
     ),
+    click.option(
+        "--features", type=float, default=1.0, metavar="F", help="Weight of inner values against the uncut model's."
+    ),
     click.option("--temperature", type=float, default=2.0, metavar="F", help="Of distillation between classes."),
     click.option("--smoothing", type=float, default=0.0, metavar="F", help="Share of a label spread over all classes."),
     click.option(

@@ -29,7 +29,7 @@ from onnxprune.model import save_model
 from onnxprune.repair import reestimate_batch_norm
 from onnxprune.training.backward import gradient_model
 from onnxprune.training.forward import teacher_graph, training_graph, uses_batch_statistics
-from onnxprune.training.losses import LABELS, Loss, plan_loss
+from onnxprune.training.losses import LABELS, Loss, plan_loss, whole_features
 from onnxprune.training.runtime import Trainer, choose_trainer, prepare_trainer
 from onnxprune.training.worker import augment, write_arrays
 
@@ -171,6 +171,8 @@ def _prepare(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     loss = plan_loss(model, data, options.loss)
+    if loss.share > 0 and options.loss.features > 0:
+        loss = replace(loss, features=whole_features(model, teacher, loss), weight=options.loss.features)
     shard, batch, held = _portions(len(data), options.batch, fixed_batch(model))
     arrays, labels = dict(data.inputs), None
     if loss.labels is not None and data.labels is not None:

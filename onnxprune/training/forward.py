@@ -82,7 +82,7 @@ def _comparing(model: ir.Model, loss: LossPlan) -> ir.Model:
     graph = model.clone()
     values = {value.name: value for node in graph.graph for value in node.outputs}
     graph.graph.outputs.clear()
-    for name in loss.values:
+    for name in loss.compared:
         values[name].type = ir.TensorType(ir.DataType.FLOAT)
         graph.graph.outputs.append(values[name])
     common.RemoveUnusedNodesPass()(graph)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -11,8 +12,9 @@ import onnx_ir as ir
 
 from onnxprune.data import Dataset, class_axis
 from onnxprune.errors import UsageError
+from onnxprune.evaluate import all_shapes
 from onnxprune.labels.flow import integer
-from onnxprune.shapes import add_initializer
+from onnxprune.shapes import Shapes, add_initializer
 
 LABELS = "onnxprune.labels"  # the name of their input
 Kind = Literal["cross-entropy", "bce", "mse", "l1"]
@@ -25,12 +27,14 @@ class Loss:
     """What is asked of the loss: `kind` None is chosen by the labels; `distillation` is the teacher's share of it.
 
     `smoothing` is the share of each label that is spread over all classes, `temperature` that of distillation.
+    `features` weighs inner values against the teacher's, beside the rest, where there is distillation.
     """
 
     kind: Kind | None = None
     distillation: float = 0.5
     temperature: float = 2.0
     smoothing: float = 0.0
+    features: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class LossPlan:
     """What is minimised: a loss on labels, if there are any, and a distillation loss from the uncut model.
 
     `values` are the values compared with the teacher (scores before a final Softmax or Sigmoid, or the outputs);
-    classes lie along `axis` of them.
+    classes lie along `axis` of them. `features` are inner values that are compared as well, each weighed by `weight`.
     """
 
     labels: Kind | None
@@ -48,6 +52,13 @@ class LossPlan:
     axis: int = -1
     temperature: float = 2.0
     smoothing: float = 0.0
+    features: tuple[str, ...] = ()
+    weight: float = 0.0
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """All that the teacher is asked for, in order."""
+        return (*self.values, *self.features)
 
 
 def plan_loss(model: ir.Model, data: Dataset, asked: Loss | None = None) -> LossPlan:
@@ -58,13 +69,13 @@ def plan_loss(model: ir.Model, data: Dataset, asked: Loss | None = None) -> Loss
     asked = asked or Loss()
     outputs = [value for value in model.graph.outputs if value.dtype is None or value.dtype.is_floating_point()]
     scores = [scores_behind(value, BEHIND["cross-entropy"]) for value in outputs]
-    settings = {"temperature": asked.temperature, "smoothing": asked.smoothing}
+    plan = partial(LossPlan, temperature=asked.temperature, smoothing=asked.smoothing)
     if data.labels is None:
         if asked.kind is not None:
             raise UsageError(f"--loss {asked.kind} needs labels, which the data lacks")
         kind: Literal["kl", "mse"] = "kl" if len(outputs) == 1 and scores[0] is not outputs[0] else "mse"
         names = tuple(v.name or "" for v in (scores if kind == "kl" else outputs))
-        return LossPlan(None, kind, 1.0, names, _class_axis(outputs[0], None), **settings)
+        return plan(None, kind, 1.0, names, _class_axis(outputs[0], None))
     float_labels = data.labels.dtype.kind == "f"
     labels: Kind = asked.kind or ("mse" if float_labels else "cross-entropy")
     if (labels == "cross-entropy") == float_labels:
@@ -72,7 +83,7 @@ def plan_loss(model: ir.Model, data: Dataset, asked: Loss | None = None) -> Loss
     compared = scores_behind(outputs[0], BEHIND.get(labels, ()))
     axis = _class_axis(outputs[0], data.labels.shape) if labels == "cross-entropy" else -1
     distillation: Literal["kl", "mse"] = "kl" if labels == "cross-entropy" else "mse"
-    return LossPlan(labels, distillation, asked.distillation, (compared.name or "",), axis, **settings)
+    return plan(labels, distillation, asked.distillation, (compared.name or "",), axis)
 
 
 def _class_axis(output: ir.Value, labels_shape: Sequence[int] | None) -> int:
@@ -81,6 +92,39 @@ def _class_axis(output: ir.Value, labels_shape: Sequence[int] | None) -> int:
     if node is not None and node.op_type in BEHIND["cross-entropy"]:
         return integer(node, "axis", -1)
     return class_axis(list(output.shape or ()), labels_shape or ())
+
+
+def whole_features(model: ir.Model, teacher: ir.Model, loss: LossPlan) -> tuple[str, ...]:
+    """Inner values of a cut model that can be held against the teacher's: the last of each size along its trunk.
+
+    On the trunk lie values that everything behind them hangs on alone; what was cut there has another shape and is left
+    out. Comparing them gives each stage a target of its own (Romero et al. 2015, FitNets, section 2.2).
+    """
+    shapes, wholes = all_shapes(model), all_shapes(teacher)
+    there = {value.name: value for node in teacher.graph for value in node.outputs}
+    found: dict[tuple[int | None, ...], str] = {}
+    for value in _trunk(model, shapes):
+        shape, same = shapes(value), there.get(value.name)
+        if shape is None or len(shape) < 3 or same is None or value.name in loss.values or value.is_graph_output():
+            continue
+        if wholes(same) == shape:
+            found[shape[1:]] = value.name or ""
+    return tuple(found.values())
+
+
+def _trunk(model: ir.Model, shapes: Shapes) -> Iterator[ir.Value]:
+    """Floating-point values that nothing made before them is used after, in order."""
+    nodes = list(model.graph)
+    ends = {value: index for index, node in enumerate(nodes) for value in node.inputs if value is not None}
+    alive = {value for value in model.graph.inputs if value in ends}
+    for index, node in enumerate(nodes):
+        for value in node.outputs:
+            kind = shapes.element_type(value)
+            if value in ends and (kind is None or kind.is_floating_point()):
+                alive.add(value)
+        alive = {value for value in alive if ends[value] > index}
+        if len(alive) == 1 and (last := next(iter(alive))).producer() is node:
+            yield last
 
 
 def scores_behind(output: ir.Value, functions: Sequence[str]) -> ir.Value:
@@ -112,6 +156,10 @@ def add_loss(model: ir.Model, plan: LossPlan, labels_shape: Sequence[int] | None
                 _kl(model, student, teacher, plan) if plan.distillation == "kl" else _relative(model, student, teacher)
             )
             terms.append((plan.share / len(students), part))
+    for index, name in enumerate(plan.features, len(students)):
+        inner = values[name]
+        teacher = _input(model, f"onnxprune.teacher.{index}", ir.DataType.FLOAT, inner.shape.numpy())  # type: ignore[union-attr]
+        terms.append((plan.weight, _relative(model, inner, teacher)))
     total: ir.Value | None = None
     for weight, term in terms:
         scaled = _node(model, "Mul", [term, _constant(model, weight)])
