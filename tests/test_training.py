@@ -418,9 +418,9 @@ def test_losses_on_labels(name: str) -> None:
 
 def test_inner_values_on_the_trunk_are_compared_where_nothing_was_cut() -> None:
     text = (
-        "(float[N,3,6,6] x, float[4,3,1,1] w, float[{0},4,1,1] a, float[4,{0},1,1] b, float[{1},4,1,1] c, float[5,{1},1,1] v)"
-        " => (float[N,5,6,6] y) { h = Conv(x, w) i = Conv(h, a) r = Relu(i) j = Conv(r, b) s = Add(h, j) "
-        "t = Conv(s, c) y = Conv(t, v) }"
+        "(float[N,3,6,6] x, float[4,3,1,1] w, float[{0},4,1,1] a, float[4,{0},1,1] b, float[{1},4,1,1] c, "
+        "float[5,{1},1,1] v) => (float[N,5,6,6] y) {{ h = Conv(x, w) i = Conv(h, a) r = Relu(i) j = Conv(r, b) "
+        "s = Add(h, j) t = Conv(s, c) y = Conv(t, v) }}"
     )
     whole, cut_inside, cut_all = (graph(text.format(*widths)) for widths in ((6, 7), (3, 7), (3, 2)))
     plan = plan_loss(whole, Dataset({}, None))
