@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,44 +68,45 @@ def bench_command(
         say(f"on {place}: {machine}")
     else:
         results = bench_models(models, ep, threads, batch, seconds, precision=precision)
-    if kind != "ssh":
-        for model, each in ((model, each) for each in ep if find_providers([each])[0] != CPU for model in models):
-            on_cpu, nodes = fallen_back(model, each, threads, batch)
-            say(
-                f"{model}: {on_cpu} of {nodes} nodes ran on the CPU instead of {each}"
-                if on_cpu
-                else f"{model}: all on {each}"
-            )
+        _say_fallbacks(models, ep, threads, batch)
     profiles = {str(model): profile_model(model, ep[0], threads, batch) for model in models if profile}
     if as_json:
         operators = {name: [asdict(row) for row in rows] for name, rows in profiles.items()}
         print_json({"results": [result.to_json() for result in results], "profiles": operators})
         return 0
+    show(_results(results, len(models)))
+    for name, rows in profiles.items():
+        show(_profile(name, rows))
+    return 0
+
+
+def _say_fallbacks(models: Sequence[Path], providers: Sequence[str], threads: int | None, batch: int) -> None:
+    """How many nodes an execution provider left to the CPU."""
+    for provider in (each for each in providers if find_providers([each])[0] != CPU):
+        for model in models:
+            on_cpu, nodes = fallen_back(model, provider, threads, batch)
+            where = f"{on_cpu} of {nodes} nodes ran on the CPU instead of" if on_cpu else "all on"
+            say(f"{model}: {where} {provider}")
+
+
+COLUMNS = (
+    *("model", "provider", "median, ms", "p90, ms", "runs", "against the first", "load, ms", "first run, ms"),
+    *("memory, MB", "size, kB"),
+)
+
+
+def _results(results: Sequence[BenchResult], models: int) -> Table:
     table = Table(title="interleaved runs on random inputs")
-    for name in (
-        "model",
-        "provider",
-        "median, ms",
-        "p90, ms",
-        "runs",
-        "against the first",
-        "load, ms",
-        "first run, ms",
-        "memory, MB",
-        "size, kB",
-    ):
+    for name in COLUMNS:
         table.add_column(name, justify="left" if name in ("model", "provider") else "right")
     for index, result in enumerate(results):
         table.add_row(
             result.model, result.provider.removesuffix("ExecutionProvider"), f"{result.latency.median:.3f}",
-            f"{result.latency.p90:.3f}", str(result.latency.runs), "" if index % len(models) == 0 else verdict(result),
+            f"{result.latency.p90:.3f}", str(result.latency.runs), "" if index % models == 0 else verdict(result),
             f"{result.load_ms:.0f}", f"{result.first_ms:.2f}", f"{result.memory_bytes / 1e6:.1f}",
             f"{result.size_bytes / 1e3:,.0f}",
         )  # fmt: skip
-    show(table)
-    for name, rows in profiles.items():
-        show(_profile(name, rows))
-    return 0
+    return table
 
 
 def _profile(name: str, rows: list[OperatorTime]) -> Table:
