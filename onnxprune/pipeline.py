@@ -62,6 +62,7 @@ from onnxprune.threshold import (
 )
 from onnxprune.training import TrainingOptions, fine_tune, prepare_trainer
 from onnxprune.training.client import choose_augmentation
+from onnxprune.training.losses import plan_loss
 from onnxprune.training.worker import write_arrays
 from onnxprune.units import Units, chosen_units, fading_parts, find_units, granularity_for, prunable
 from onnxprune.verify import check_cut
@@ -123,6 +124,8 @@ def run(
     if options.quantize == "int8" and data is None:
         raise UsageError("--quantize int8 takes ranges from data: give --data, or use --quantize dynamic")
     train, evaluation = _load(baseline, data, eval_data, images, options, notes)
+    if train is not None and options.epochs != 0:
+        plan_loss(baseline, train, options.loss_options)  # refuses a loss that the labels don't fit, before any work
     open_workspace(folder, configuration(source, train, evaluation, options), resume)
     if not (folder / "baseline.onnx").exists():
         save_model(baseline, folder / "baseline.onnx")

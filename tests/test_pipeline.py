@@ -137,3 +137,10 @@ def test_training_without_data_is_refused(options: dict[str, float], tmp_path: P
     with pytest.raises(UsageError, match="--data"):
         onnxprune.run(MODELS / "digits_mlp.onnx", output=tmp_path / "o.onnx", options=RunOptions(**options))  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_labels_do_not_fit_is_refused_before_any_work(tmp_path: Path) -> None:
+    model, data, options = MODELS / "digits_mlp.onnx", str(MODELS / "digits.npz"), RunOptions(loss="bce")
+    with pytest.raises(UsageError, match="--loss bce"):
+        onnxprune.run(model, data, output=tmp_path / "o.onnx", options=options)
+    assert not list(tmp_path.iterdir())

@@ -174,7 +174,7 @@ def _prepare(
     if loss.share > 0 and options.loss.features > 0:
         loss = replace(loss, features=whole_features(model, teacher, loss), weight=options.loss.features)
     shard, batch, held = _portions(len(data), options.batch, fixed_batch(model))
-    arrays, labels = dict(data.inputs), None
+    arrays = dict(data.inputs)
     if loss.labels is not None and data.labels is not None:
         arrays[LABELS] = data.labels.astype(np.int64 if loss.labels == "cross-entropy" else np.float32)
     sizes = {name: (shard, *array.shape[1:]) for name, array in arrays.items()}
