@@ -8,7 +8,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from onnxprune.errors import DataError, ModelError
 from onnxprune.shapes import dynamic_sizes, input_shape
 
 Array = NDArray[Any]
+IGNORED = -1  # the class label of what doesn't count
 ALIASES = ("input", "x", "images")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -37,10 +38,14 @@ class ImageOptions:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples along the first axis of every array; `labels` is None when there are none."""
+    """Samples along the first axis of every array; `labels` is None when there are none.
+
+    Labels are of the model's first output; `others` are those of further outputs, or what a loss reads, by name.
+    """
 
     inputs: dict[str, Array]
     labels: Array | None
+    others: dict[str, Array] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -48,7 +53,12 @@ class Dataset:
     def take(self, indices: NDArray[np.int64] | slice) -> Dataset:
         """The samples at these indices."""
         labels = None if self.labels is None else self.labels[indices]
-        return Dataset({name: array[indices] for name, array in self.inputs.items()}, labels)
+        inputs, others = ({name: array[indices] for name, array in kind.items()} for kind in (self.inputs, self.others))
+        return Dataset(inputs, labels, others)
+
+    def labels_of(self, name: str) -> Array | None:
+        """The labels of an output, or of the first one for ""; None when there are none."""
+        return self.others.get(name) if name else self.labels
 
     def split(self, share: float, seed: int) -> tuple[Dataset, Dataset]:
         """Shuffles by the seed and holds back `share` of the samples (at least one): (the rest, held back)."""
@@ -59,16 +69,18 @@ class Dataset:
     def digest(self) -> str:
         """SHA-256 of all arrays, for telling whether a resumed run has the same data."""
         total = hashlib.sha256()
-        for name in sorted(self.inputs):
+        for name, array in [*sorted(self.inputs.items()), *sorted(self.others.items())]:
             total.update(name.encode())
-            total.update(np.ascontiguousarray(self.inputs[name]).data)
+            total.update(np.ascontiguousarray(array).data)
         if self.labels is not None:
             total.update(np.ascontiguousarray(self.labels).data)
         return total.hexdigest()
 
 
-def load_data(source: str, model: ir.Model, images: ImageOptions | None = None) -> Dataset:
+def load_data(source: str, model: ir.Model, images: ImageOptions | None = None, ignored: int | None = None) -> Dataset:
     """Reads data and checks it against a model's inputs and output.
+
+    Class labels of the value `ignored` don't count; they come out as -1.
 
     `source` is an .npz file, a folder with one sub-folder of images for each class, or `module:function` returning an
     iterable of dicts of arrays. Raises `DataError` naming the array for wrong names, shapes, dtypes, counts or labels,
@@ -83,7 +95,7 @@ def load_data(source: str, model: ir.Model, images: ImageOptions | None = None) 
         arrays = _from_function(source)
     else:
         raise DataError(f"{source}: no such file or folder; give an .npz, a folder of images or module:function")
-    return check_data(arrays, model, source)
+    return check_data(arrays, model, source, ignored)
 
 
 def _from_npz(path: Path) -> dict[str, Array]:
@@ -161,16 +173,25 @@ def model_inputs(model: ir.Model) -> list[ir.Value]:
     return [value for value in model.graph.inputs if not value.is_initializer()]
 
 
-def check_data(arrays: Mapping[str, Array], model: ir.Model, source: str = "data") -> Dataset:
-    """Arrays as a `Dataset`, after checking them. Raises `DataError` naming the array that doesn't fit."""
+def check_data(
+    arrays: Mapping[str, Array], model: ir.Model, source: str = "data", ignored: int | None = None
+) -> Dataset:
+    """Arrays as a `Dataset`, after checking them. Raises `DataError` naming the array that doesn't fit.
+
+    `labels` are those of the first output, `labels.NAME` those of another output, or what a loss of that input reads.
+    """
     values = model_inputs(model)
-    given = dict(arrays)
-    labels = given.pop("labels", None)
+    outputs = {value.name or "": value for value in model.graph.outputs}
+    names = [value.name or "" for value in values]
+    given, labels, counts = dict(arrays), dict[str, Array](), dict[str, int]()
+    for name in [name for name in given if name.split(".")[0] == "labels" and name not in names]:
+        array, output = given.pop(name), name.removeprefix("labels").removeprefix(".") or next(iter(outputs))
+        labels[output] = _checked_labels(array, outputs.get(output), f"{source}: array {name!r}", ignored)
+        counts[name] = len(array)
     if len(values) == 1 and (values[0].name or "") not in given:
         alias = next((name for name in ALIASES if name in given), None)
         if alias is not None:
             given[values[0].name or ""] = given.pop(alias)
-    names = [value.name or "" for value in values]
     missing = [name for name in names if name not in given]
     if missing:
         raise DataError(f"{source}: no array {missing[0]!r}; the model's inputs are {names}, found {sorted(given)}")
@@ -179,15 +200,12 @@ def check_data(arrays: Mapping[str, Array], model: ir.Model, source: str = "data
         raise DataError(f"{source}: array {unknown[0]!r} is no input of the model; its inputs are {names}")
     for value in values:
         _check_array(given[value.name or ""], value, source)
-    counts = {name: len(array) for name, array in given.items()}
-    if labels is not None:
-        counts["labels"] = len(labels)
-        _check_labels(labels, model, source)
+    counts = {name: len(array) for name, array in given.items()} | counts
     if len(set(counts.values())) > 1:
         raise DataError(f"{source}: arrays differ in their number of samples: {counts}")
     if not next(iter(counts.values())):
         raise DataError(f"{source}: no samples in array {names[0]!r}")
-    return Dataset({name: given[name] for name in names}, labels)
+    return Dataset({name: given[name] for name in names}, labels.pop(next(iter(outputs)), None), labels)
 
 
 def _check_array(array: Array, value: ir.Value, source: str) -> None:
@@ -204,20 +222,29 @@ def _check_array(array: Array, value: ir.Value, source: str) -> None:
         raise DataError(f"{where} holds NaNs or infinities; remove those samples")
 
 
-def _check_labels(labels: Array, model: ir.Model, source: str) -> None:
-    where = f"{source}: array 'labels'"
+def _checked_labels(labels: Array, output: ir.Value | None, where: str, ignored: int | None) -> Array:
+    """Labels as they are, or with those that don't count marked."""
+    if output is None and labels.dtype.kind in "biu":
+        return labels  # what a loss of the user's own reads
     if labels.dtype.kind == "f":
         if not np.isfinite(labels).all():
             raise DataError(f"{where} holds NaNs or infinities; remove those samples")
-        return
+        return labels
     if labels.dtype.kind not in "iu":
         raise DataError(f"{where} is {labels.dtype}; give class indices (int64) or float targets")
-    shape = list(model.graph.outputs[0].shape or ())
+    if ignored is not None:
+        labels = np.where(labels == ignored, IGNORED, labels.astype(np.int64))
+    counted = labels if ignored is None else labels[labels != IGNORED]
+    shape = list(output.shape or ()) if output is not None else []
     size = shape[class_axis(shape, labels.shape)] if shape else None
     classes = size if isinstance(size, int) else None
-    if labels.size and (labels.min() < 0 or (classes is not None and labels.max() >= classes)):
+    if counted.size and (counted.min() < 0 or (classes is not None and counted.max() >= classes)):
         known = f"0 to {classes - 1}" if classes is not None else "0 or more"
-        raise DataError(f"{where} goes from {labels.min()} to {labels.max()}, but the model's classes are {known}")
+        hint = "" if ignored is not None else "; --ignore-index names a label that doesn't count"
+        raise DataError(
+            f"{where} goes from {counted.min()} to {counted.max()}, but the model's classes are {known}{hint}"
+        )
+    return labels
 
 
 def class_axis(shape: Sequence[Any], labels_shape: Sequence[int]) -> int:
@@ -279,11 +306,14 @@ def random_dataset(model: ir.Model, count: int, seed: int) -> Dataset:
 
 
 def as_dataset(
-    source: str | Mapping[str, Array] | Iterable[Any], model: ir.Model, images: ImageOptions | None
+    source: str | Mapping[str, Array] | Iterable[Any],
+    model: ir.Model,
+    images: ImageOptions | None,
+    ignored: int | None = None,
 ) -> Dataset:
     """A `Dataset` from what a caller of the Python API may give: a source as for `load_data`, or a dict of arrays."""
     if isinstance(source, str | os.PathLike):
-        return load_data(str(source), model, images)
+        return load_data(str(source), model, images, ignored)
     if isinstance(source, Mapping):
-        return check_data(source, model)
+        return check_data(source, model, ignored=ignored)
     raise DataError(f"data must be a path, module:function or a dict of arrays, not {type(source).__name__}")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TypeProto, helper
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 
-from onnxprune.data import Dataset, batches, fixed_batch, load_function, random_inputs
+from onnxprune.data import IGNORED, Dataset, batches, fixed_batch, load_function, random_inputs
 from onnxprune.errors import DataError, ModelError, UsageError
 from onnxprune.model import open_session
 from onnxprune.shapes import Shapes, infer_shapes, replace_node
@@ -190,6 +190,7 @@ def _rows(array: Array) -> NDArray[np.float64]:
 def _top(k: int) -> Callable[[list[Array], Array | None, list[Array]], float]:
     def compute(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
         scores, wanted = _rows(outputs[0]), np.ravel(labels if labels is not None else [])
+        scores, wanted = scores[wanted != IGNORED], wanted[wanted != IGNORED]
         better = (scores > np.take_along_axis(scores, wanted[:, None], 1)).sum(1)
         return float((better < k).mean() * 100)
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxprune.data import Dataset, class_axis
+from onnxprune.data import IGNORED, Dataset, class_axis
 from onnxprune.evaluate import METRICS, Metric, log_probabilities, predict
 
 FOLDS = 10  # disjoint parts of the data, from whose drops the error of the whole is told
@@ -86,4 +86,6 @@ def loss_of(outputs: Arrays, labels: NDArray[Any] | None, reference: Arrays) -> 
     if labels is None or labels.dtype.kind == "f" or labels.size != scores.size // scores.shape[-1]:
         return 1 - METRICS["cosine"].compute(outputs, None, reference) / 100
     rows = log_probabilities(scores.astype(np.float64).reshape(-1, scores.shape[-1]))
-    return float(-np.take_along_axis(rows, labels.reshape(-1, 1).astype(np.int64), 1).mean())
+    wanted = labels.reshape(-1).astype(np.int64)
+    counted = np.flatnonzero(wanted != IGNORED)
+    return float(-rows[counted, wanted[counted]].mean())

@@ -11,7 +11,7 @@ from onnxprune.quantise import Numbers
 from onnxprune.score import Scope
 from onnxprune.select import Keep
 from onnxprune.threshold import INITIAL, Schedule
-from onnxprune.training.losses import Kind, Loss
+from onnxprune.training.losses import Loss
 from onnxprune.training.runtime import Trainer
 
 Controller = Literal["bisect", "published"]
@@ -59,11 +59,13 @@ class RunOptions:
     memory: int | None = None
     seed: int = 0
     trainer: Trainer = "auto"
-    loss: Kind | None = None
+    loss: tuple[str, ...] = ()
+    ignore_index: int | None = None
     distillation: float = 0.8
     temperature: float = 2.0
     smoothing: float = 0.0
     features: float = 1.0
+    mix: float = 0.0
     ema: float = 0.0
     stop_after: int | None = None
     freeze: tuple[str, ...] = ()
@@ -94,8 +96,9 @@ class RunOptions:
         for name in ("distillation", "smoothing", "ema"):
             if not 0 <= (share := getattr(self, name)) <= 1 - (name == "ema") * 1e-6:
                 raise UsageError(f"--{name} {share:g}: give a share of 0 or more, and below 1")
-        if not self.features >= 0:
-            raise UsageError(f"--features {self.features:g}: give 0 or more")
+        for name in ("features", "mix"):
+            if not (number := getattr(self, name)) >= 0:
+                raise UsageError(f"--{name} {number:g}: give 0 or more")
         if not self.temperature > 0:
             raise UsageError(f"--temperature {self.temperature:g}: give more than 0")
         if self.lr is not None and not self.lr > 0:
@@ -104,7 +107,7 @@ class RunOptions:
     @property
     def loss_options(self) -> Loss:
         """What is asked of the loss."""
-        return Loss(self.loss, self.distillation, self.temperature, self.smoothing, self.features)
+        return Loss(self.loss, self.distillation, self.temperature, self.smoothing, self.features, self.mix)
 
     @property
     def targets(self) -> dict[str, float]:

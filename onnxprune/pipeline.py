@@ -151,9 +151,9 @@ def _load(
     notes: list[str],
 ) -> tuple[Dataset | None, Dataset]:
     """Training data, if any, and evaluation data: what is given, a part held back, or random inputs."""
-    train = None if data is None else as_dataset(data, model, images)
+    train = None if data is None else as_dataset(data, model, images, options.ignore_index)
     if eval_data is not None:
-        return train, as_dataset(eval_data, model, images)
+        return train, as_dataset(eval_data, model, images, options.ignore_index)
     if train is None:
         if options.max_drop is not None or options.metric is not None:
             raise UsageError("--max-drop and --metric need data to measure on: give --data")

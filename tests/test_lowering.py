@@ -145,6 +145,24 @@ ROWS: dict[str, tuple[str, int]] = {
     "root mean square": (on_row("p = RMSNormalization(h, s)"), 23),
     "mean and variance": (on_map("p = MeanVarianceNormalization(h)"), 21),
     "local response": (on_map("p = LRN<size=3, alpha=0.5, beta=0.6, bias=1.1>(h)"), 21),
+    **{
+        f"cross-entropy, {name}": (
+            f"(float[4,6] x, float[6,3] w) => ({output} y) {{ h = MatMul(x, w) l = Constant<value = int64[4] "
+            f"{{2, -1, 0, 1}}>() k = Constant<value = float[3] {{0.5, 1.5, 2.0}}>() "
+            f"y = SoftmaxCrossEntropyLoss<{attributes}>(h, l{weights}) }}", 21,
+        )
+        for name, output, attributes, weights in (
+            ("some don't count", "float", "ignore_index = -1", ""),
+            ("weighted", "float", "ignore_index = -1", ", k"),
+            ("weighted sum", "float", 'ignore_index = -1, reduction = "sum"', ", k"),
+            ("one by one", "float[4]", 'ignore_index = -1, reduction = "none"', ""),
+        )
+    },
+    "cross-entropy of positions": (
+        "(float[2,6,2] x, float[2,3,6] w) => (float y) "
+        "{ h = MatMul(w, x) l = Constant<value = int64[2,2] {2, 0, 1, 1}>() "
+        "y = SoftmaxCrossEntropyLoss<ignore_index = 0>(h, l) }", 21,
+    ),
     "rnn": (recurrent("RNN", 1, 1, ', activations=["Relu"]'), 21),
     "gru": (recurrent("GRU", 3, 1, ""), 21),
     "gru, linear before reset, backwards": (recurrent("GRU", 3, 1, ', linear_before_reset=1, direction="reverse"'), 21),

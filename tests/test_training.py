@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -382,15 +383,35 @@ def test_training_stops_when_held_out_samples_say_so(tmp_path: Path) -> None:
     assert 2 <= events[-2]["epoch"] < 20
 
 
-LABELLED = {
-    "cross-entropy, classes last": ("(float[N,3,6] x, float[6,4] w) => (float[N,3,4] y) { y = MatMul(x, w) }", {}),
-    "cross-entropy of a map": (
-        "(float[N,6,3,3] x, float[4,6,1,1] w) => (float[N,4,3,3] y) { y = Conv(x, w) }", {"kind": None},
-    ),
-    "smoothed": ("(float[N,6] x, float[6,4] w) => (float[N,4] y) { y = MatMul(x, w) }", {"smoothing": 0.2}),
-    "binary": ("(float[N,6] x, float[6,4] w) => (float[N,4] y) { s = MatMul(x, w) y = Sigmoid(s) }", {"kind": "bce"}),
-    "absolute": ("(float[N,6] x, float[6,4] w) => (float[N,4] y) { y = MatMul(x, w) }", {"kind": "l1"}),
-}  # fmt: skip
+SEQUENCES = "(float[N,3,6] x, float[6,4] w) => (float[N,3,4] y) { y = MatMul(x, w) }"
+ROW = "(float[N,6] x, float[6,4] w) => (float[N,4] y) { y = MatMul(x, w) }"
+BINARY = "(float[N,6] x, float[6,4] w) => (float[N,4] y) { s = MatMul(x, w) y = Sigmoid(s) }"
+MAP = "(float[N,6,3,3] x, float[4,6,1,1] w) => (float[N,4,3,3] y) { y = Conv(x, w) }"
+LABELLED: dict[str, tuple[str, Loss]] = {
+    "cross-entropy, classes last": (SEQUENCES, Loss()),
+    "cross-entropy, some don't count": (SEQUENCES, Loss()),
+    "cross-entropy of a map": (MAP, Loss()),
+    "smoothed": (ROW, Loss(smoothing=0.2)),
+    "smoothed, some don't count": (MAP, Loss(smoothing=0.2)),
+    "mixed": (ROW, Loss(mix=1.0)),
+    "mixed map, smoothed, some don't count": (MAP, Loss(smoothing=0.2, mix=1.0)),
+    "binary": (BINARY, Loss(("bce",))),
+    "binary, weighted": (BINARY, Loss(("y=bce:3",))),
+    "binary, mixed": (BINARY, Loss(("bce",), mix=1.0)),
+    "absolute": (ROW, Loss(("l1",))),
+}
+
+
+def label_loss(name: str, y: np.ndarray, targets: np.ndarray, axis: int) -> float:
+    if "binary" in name:
+        return float(-(targets * np.log(y) + (1 - targets) * np.log(1 - y)).mean())
+    if name == "absolute":
+        return float(np.abs(y - targets).mean())
+    log_p = y - np.log(np.exp(y).sum(axis, keepdims=True))
+    chosen = -np.take_along_axis(log_p, np.expand_dims(np.maximum(targets, 0), axis), axis).squeeze(axis)
+    if "smoothed" in name:
+        chosen = 0.8 * chosen - 0.2 * log_p.mean(axis)
+    return float(chosen[targets >= 0].mean())
 
 
 @pytest.mark.parametrize("name", LABELLED)
@@ -399,21 +420,119 @@ def test_losses_on_labels(name: str) -> None:
     model, rng = graph(text), np.random.default_rng(0)
     x = random_inputs(model, seed=0, batch=5)["x"]
     y = run_model(model, {"x": x})[0].astype(np.float64)
-    axis = 1 if "map" in name else -1
-    targets: np.ndarray = rng.random(y.shape) if asked.get("kind") else rng.integers(0, 4, y.max(axis).shape)
-    log_p = y - np.log(np.exp(y).sum(axis, keepdims=True))
-    if name == "binary":
-        expected = -(targets * np.log(y) + (1 - targets) * np.log(1 - y)).mean()
-    elif name == "absolute":
-        expected = np.abs(y - targets).mean()
-    else:
-        chosen = -np.take_along_axis(log_p, np.expand_dims(targets, axis), axis).mean()
-        expected = 0.8 * chosen - 0.2 * log_p.mean() if name == "smoothed" else chosen
-    labels = targets.astype(np.float32 if targets.dtype.kind == "f" else np.int64)
-    plan = plan_loss(model, Dataset({"x": x}, labels), Loss(distillation=0.0, **asked))  # type: ignore[arg-type]
-    feeds = {"x": x, "onnxprune.labels": labels}
+    axis = 1 if text is MAP else -1
+
+    def targets() -> np.ndarray:
+        if asked.labels:
+            return rng.random(y.shape).astype(np.float32)
+        return np.asarray(rng.integers(-1 if "don't" in name else 0, 4, y.max(axis).shape), np.int64)
+
+    first, other, share = targets(), targets(), np.float32(0.3)
+    plan = plan_loss(model, Dataset({"x": x}, first), replace(asked, distillation=0.0))
+    feeds = {"x": x, "onnxprune.labels": first}
+    expected = label_loss(name, y, first, axis)
+    if asked.mix:
+        feeds |= {"onnxprune.labels.other": other, "onnxprune.mixed": np.full(5, share)}
+        expected = share * expected + (1 - share) * label_loss(name, y, other, axis)
     found = run_model(training_graph(model, plan, {name: array.shape for name, array in feeds.items()})[0], feeds)[0]
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert float(found) == pytest.approx(float(expected) * (3 if "weighted" in name else 1), rel=1e-5)
+
+
+TWO = "(float[N,6] x, float[6,4] w, float[6,3] v) => (float[N,4] y, float[N,3] z) { y = MatMul(x, w) z = MatMul(x, v) }"
+
+
+def test_each_output_has_its_loss_weight_and_distance() -> None:
+    model, rng = graph(TWO), np.random.default_rng(0)
+    x = random_inputs(model, seed=0, batch=5)["x"]
+    arrays = {"x": x, "labels": rng.integers(0, 4, 5), "labels.z": rng.random((5, 3)).astype(np.float32)}
+    data = check_data(arrays, model)
+    plan = plan_loss(model, data, Loss(("cross-entropy", "z=l1:2"), distillation=0.25))
+    y, z = (array.astype(np.float64) for array in run_model(model, {"x": x}))
+    feeds = {"x": x, "onnxprune.labels": arrays["labels"], "onnxprune.labels.z": arrays["labels.z"]}
+    feeds |= {"onnxprune.teacher.0": y.astype(np.float32), "onnxprune.teacher.1": 2 * z.astype(np.float32)}
+    loss, *heads = run_model(training_graph(model, plan, {n: array.shape for n, array in feeds.items()})[0], feeds)
+    labels = label_loss("", y, arrays["labels"], -1) + 2 * np.abs(z - arrays["labels.z"]).mean()
+    assert float(loss) == pytest.approx(0.75 * labels + 0.25 * (2 * 0.25) / 3, rel=1e-4)
+    assert len(heads) == 2
+    defaults = plan_loss(model, data)
+    assert [(loss.kind, loss.weight) for loss in defaults.labels] == [("cross-entropy", 1), ("mse", 1)]
+    assert [distance.kind for distance in defaults.distances] == ["kl", "mse"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("q=l1",), "outputs are"),
+        (("y=l1:much",), "no weight"),
+        (("l1", "y=mse"), "one loss"),
+        (("z=l1",), "labels.z"),
+        (("huber",), "no such loss"),
+        (("l1", "mine.onnx"), "can't be combined"),
+        (("none.onnx",), "no such file"),
+        (("nowhere:loss",), "nowhere"),
+    ],
+)
+def test_losses_that_cannot_be_are_refused(asked: tuple[str, ...], message: str) -> None:
+    x = np.zeros((2, 6), np.float32)
+    with pytest.raises(UsageError, match=message):
+        plan_loss(graph(TWO), Dataset({"x": x}, np.zeros((2, 4), np.float32)), Loss(asked))
+
+
+OWN = """<ir_version: 9, opset_import: ["" : 20]>
+own (float[N,4] y, int64[N] labels, float[N,4] teacher_y, float[N] labels_weight) => (float loss) {
+    log_p = LogSoftmax(y) none = NegativeLogLikelihoodLoss<reduction = "none">(log_p, labels)
+    weighed = Mul(none, labels_weight) d = Sub(y, teacher_y) s = Mul(d, d) a = ReduceMean<keepdims = 0>(weighed)
+    b = ReduceMean<keepdims = 0>(s) loss = Add(a, b)
+}"""
+
+
+def test_a_loss_of_ones_own_reads_outputs_labels_and_the_teacher(tmp_path: Path) -> None:
+    model, rng = graph(TWO, opset=18), np.random.default_rng(0)
+    onnx.save(onnx.parser.parse_model(OWN), tmp_path / "own.onnx")
+    x = random_inputs(model, seed=0, batch=5)["x"]
+    y, z = run_model(model, {"x": x})
+    labels, weight = rng.integers(0, 4, 5), rng.random(5).astype(np.float32)
+    data = check_data({"x": x, "labels": labels.astype(np.int32), "labels.weight": weight}, model)
+    plan = plan_loss(model, data, Loss((str(tmp_path / "own.onnx"),), distillation=0.5, mix=1.0))
+    targets = plan.targets(data)
+    assert {name: array.dtype for name, array in targets.items()} == {
+        "onnxprune.labels": np.int64, "onnxprune.labels.weight": np.float32,
+    }  # fmt: skip
+    feeds: dict[str, Any] = {"x": x, **targets, **{f"{name}.other": array for name, array in targets.items()}}
+    feeds |= {"onnxprune.teacher.0": y, "onnxprune.teacher.1": z, "onnxprune.teacher.2": 2 * y}
+    feeds["onnxprune.mixed"] = np.full(5, 0.5, np.float32)
+    sizes = {n: array.shape for n, array in feeds.items()}
+    found = run_model(training_graph(model, plan, sizes)[0], feeds)[0]
+    rows = log_probabilities(y.astype(np.float64))[np.arange(5), labels]
+    assert float(found) == pytest.approx(0.5 * (-(rows * weight).mean() + (y**2).mean()), rel=1e-4)
+    for changed, message in (
+        ("labels_weight", "labels_other"),
+        ("teacher_y", "teacher_q"),
+        ("float loss", "int64 loss"),
+    ):
+        onnx.save(onnx.parser.parse_model(OWN.replace(changed, message)), tmp_path / "bad.onnx")
+        with pytest.raises(UsageError, match=r"--loss .*bad"):
+            plan_loss(model, data, Loss((str(tmp_path / "bad.onnx"),)))
+
+
+def own_loss() -> onnx.ModelProto:
+    """For `module:function`."""
+    return onnx.parser.parse_model(
+        """<ir_version: 9, opset_import: ["" : 17]> own (float[N,10] logits, int64[N] labels) => (float loss) {
+        loss = SoftmaxCrossEntropyLoss(logits, labels) }"""
+    )
+
+
+@needs_training
+@pytest.mark.parametrize("trainer", ["ort", "graph"])
+@pytest.mark.parametrize("mix", [0.0, 0.5])
+def test_a_loss_of_ones_own_is_lowered(trainer: Any, mix: float, tmp_path: Path) -> None:
+    model = load("digits_mlp")
+    data, student = digits(model), damaged(model)
+    before = cross_entropy(student, data)
+    loss = Loss(("tests.test_training:own_loss",), distillation=0.0, mix=mix)
+    fine_tune(student, model, data, tmp_path / "job", TrainingOptions(trainer, epochs=5, loss=loss))
+    assert cross_entropy(student, data) < 0.8 * before
 
 
 def test_inner_values_on_the_trunk_are_compared_where_nothing_was_cut() -> None:
@@ -452,7 +571,7 @@ def test_a_loss_that_labels_do_not_fit() -> None:
     x = np.zeros((2, 6), np.float32)
     for kind, labels in (("bce", np.zeros(2, np.int64)), ("cross-entropy", np.zeros((2, 4), np.float32)), ("l1", None)):
         with pytest.raises(UsageError, match=f"--loss {kind}"):
-            plan_loss(model, Dataset({"x": x}, labels), Loss(kind))  # type: ignore[arg-type]
+            plan_loss(model, Dataset({"x": x}, labels), Loss((kind,)))
 
 
 def test_where_there_is_no_wheel_the_other_trainer_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

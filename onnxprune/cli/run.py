@@ -134,7 +134,19 @@ TRAINING_OPTIONS = [
     ),
     click.option("--batch", type=int, default=64, metavar="N", help="Samples of a training step, in shards of 32."),
     click.option(
-        "--loss", type=click.Choice(KINDS), help="On labels.  [default: cross-entropy of classes, mse of numbers]"
+        "--loss",
+        multiple=True,
+        metavar="[OUTPUT=]KIND[:WEIGHT]",
+        help=f"On labels: {', '.join(KINDS)}; repeatable. Or your own: an .onnx file or module:function.  "
+        "[default: cross-entropy of classes, mse of numbers]",
+    ),
+    click.option("--ignore-index", type=int, metavar="N", help="The class label of what doesn't count, such as 255."),
+    click.option(
+        "--mix",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="Train on mixtures of two samples, in shares drawn from Beta(A, A).",
     ),
     click.option(
         "--distillation", type=float, default=0.8, metavar="F", help="Share of the loss against the uncut model."

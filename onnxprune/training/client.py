@@ -29,7 +29,7 @@ from onnxprune.model import save_model
 from onnxprune.repair import reestimate_batch_norm
 from onnxprune.training.backward import gradient_model
 from onnxprune.training.forward import teacher_graph, training_graph, uses_batch_statistics
-from onnxprune.training.losses import LABELS, Loss, plan_loss, whole_features
+from onnxprune.training.losses import Loss, plan_loss, whole_features
 from onnxprune.training.runtime import Trainer, choose_trainer, prepare_trainer
 from onnxprune.training.worker import augment, write_arrays
 
@@ -174,9 +174,7 @@ def _prepare(
     if loss.share > 0 and options.loss.features > 0:
         loss = replace(loss, features=whole_features(model, teacher, loss), weight=options.loss.features)
     shard, batch, held = _portions(len(data), options.batch, fixed_batch(model))
-    arrays = dict(data.inputs)
-    if loss.labels is not None and data.labels is not None:
-        arrays[LABELS] = data.labels.astype(np.int64 if loss.labels == "cross-entropy" else np.float32)
+    arrays = {**data.inputs, **loss.targets(data)}
     sizes = {name: (shard, *array.shape[1:]) for name, array in arrays.items()}
     graph, names, frozen = training_graph(model, loss, sizes, options.freeze, choose_trainer(options.trainer))
     for reason, count in Counter(frozen.values()).items():
@@ -184,13 +182,14 @@ def _prepare(
     differentiated = _save_graph(graph, names, folder, options.trainer)
     save_model(teacher_graph(teacher, loss), folder / "teacher.onnx")
     files = {name: str(_array_file(folder, f"input{i}", array)) for i, (name, array) in enumerate(arrays.items())}
-    labels = files.pop(LABELS, None)
+    labels = {name: files.pop(name) for name in list(files) if name not in data.inputs}
     if fading:
         np.savez(folder / "fading.npz", **{name: where for name, where in fading.items() if name in names})  # type: ignore[arg-type]
     job = {
         "inputs": files,
         "labels": labels,
-        "distil": loss.share > 0,
+        "distil": loss.share > 0 or bool(loss.own and loss.own.teachers),
+        "mix": loss.mix,
         "shard": shard,
         "batch": batch,
         "held": held,
@@ -230,8 +229,9 @@ def _write_job(folder: Path, options: TrainingOptions, given: dict[str, Any]) ->
     """What the worker reads; its presence says that the folder is complete."""
     job = {
         "task": "tune",
-        "labels": None,
+        "labels": {},
         "distil": False,
+        "mix": 0.0,
         "shard": SHARD,
         "held": 0,
         "fading": None,

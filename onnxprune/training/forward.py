@@ -15,7 +15,8 @@ from onnxprune.data import Dataset, fixed_batch, random_inputs
 from onnxprune.errors import TrainingError
 from onnxprune.model import constant
 from onnxprune.training.backward import differentiable
-from onnxprune.training.losses import LABELS, LossPlan, add_loss, plan_loss
+from onnxprune.training.loss_graph import add_loss, add_own_loss
+from onnxprune.training.losses import LossPlan, plan_loss
 from onnxprune.training.lowering import at_sizes, behind, lower, spell_out
 from onnxprune.training.runtime import Trainer
 
@@ -35,7 +36,10 @@ def training_graph(
     """
     names = trainable(model, freeze)
     graph, shapes = at_sizes(spell_out(model.clone()), sizes, trainable(model))
-    add_loss(graph, loss, sizes.get(LABELS))
+    if loss.own is not None:
+        add_own_loss(graph, loss, sizes)
+        graph, shapes = at_sizes(graph, sizes, trainable(model))
+    add_loss(graph, loss, sizes)
     samples = next(iter(sizes.values()))[0]
     gradients = differentiable() if trainer == "graph" else None
     blocked = lower(graph, shapes, uses_batch_statistics(model, samples), gradients)

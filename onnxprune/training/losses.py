@@ -1,22 +1,22 @@
-"""The loss as ordinary nodes of the training graph, chosen from what the data and the model's outputs are."""
+"""What is minimised: losses on labels, the user's own, and distance to the uncut model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune.data import Dataset, class_axis
+from onnxprune.data import Array, Dataset, class_axis, model_inputs
 from onnxprune.errors import UsageError
 from onnxprune.evaluate import all_shapes
 from onnxprune.labels.flow import integer
-from onnxprune.shapes import Shapes, add_initializer
+from onnxprune.shapes import Shapes
+from onnxprune.training.own_loss import OwnLoss, load_own_loss
 
-LABELS = "onnxprune.labels"  # the name of their input
+LABELS = "onnxprune.labels"  # the name of their input; those of a further output have its name behind
 Kind = Literal["cross-entropy", "bce", "mse", "l1"]
 KINDS: tuple[Kind, ...] = ("cross-entropy", "bce", "mse", "l1")
 BEHIND = {"cross-entropy": ("Softmax", "LogSoftmax"), "bce": ("Sigmoid",)}  # what makes probabilities of the scores
@@ -24,66 +24,168 @@ BEHIND = {"cross-entropy": ("Softmax", "LogSoftmax"), "bce": ("Sigmoid",)}  # wh
 
 @dataclass(frozen=True)
 class Loss:
-    """What is asked of the loss: `kind` None is chosen by the labels; `distillation` is the teacher's share of it.
+    """What is asked of the loss.
 
-    `smoothing` is the share of each label that is spread over all classes, `temperature` that of distillation.
-    `features` weighs inner values against the teacher's, beside the rest, where there is distillation.
+    `labels` are losses on labels, each `[OUTPUT=]KIND[:WEIGHT]`, or one of the user's own (`load_own_loss`); none
+    means that kinds are chosen by the labels. `distillation` is the teacher's share of the loss, `temperature` that of
+    distillation between classes, `smoothing` the share of each label that is spread over all classes.
+    `features` weighs inner values against the teacher's, beside the rest, where there is distillation. With `mix`,
+    pairs of samples are mixed in shares drawn from Beta(mix, mix) (Zhang et al. 2018, mixup, section 2).
     """
 
-    kind: Kind | None = None
+    labels: tuple[str, ...] = ()
     distillation: float = 0.5
     temperature: float = 2.0
     smoothing: float = 0.0
     features: float = 1.0
+    mix: float = 0.0
+
+
+@dataclass(frozen=True)
+class LabelLoss:
+    """A loss on labels: of which value (scores before a final Softmax or Sigmoid, or an output), against which input.
+
+    Classes lie along `axis`. Where labels are `sparse`, those below 0 don't count.
+    """
+
+    kind: Kind
+    value: str
+    labels: str
+    axis: int = -1
+    weight: float = 1.0
+    sparse: bool = False
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How a value is compared with the teacher's: KL divergence over classes along `axis`, or mean square error."""
+
+    value: str
+    kind: Literal["kl", "mse"]
+    axis: int = -1
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class LossPlan:
-    """What is minimised: a loss on labels, if there are any, and a distillation loss from the uncut model.
+    """What is minimised: losses on labels, if there are any, and distances to the uncut model, `share` of the whole.
 
-    `values` are the values compared with the teacher (scores before a final Softmax or Sigmoid, or the outputs);
-    classes lie along `axis` of them. `features` are inner values that are compared as well, each weighed by `weight`.
+    `features` are inner values that are compared as well, each weighed by `weight`.
     """
 
-    labels: Kind | None
-    distillation: Literal["kl", "mse"]
-    share: float  # of the distillation loss, in [0, 1]
-    values: tuple[str, ...]
-    axis: int = -1
+    labels: tuple[LabelLoss, ...]
+    distances: tuple[Distance, ...]
+    share: float  # of the distances, in [0, 1]
+    own: OwnLoss | None = None
     temperature: float = 2.0
     smoothing: float = 0.0
     features: tuple[str, ...] = ()
     weight: float = 0.0
+    mix: float = 0.0
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The values that the model is judged by, an output each."""
+        return tuple(distance.value for distance in self.distances)
 
     @property
     def compared(self) -> tuple[str, ...]:
         """All that the teacher is asked for, in order."""
-        return (*self.values, *self.features)
+        return (*self.values, *self.features, *(self.own.teachers.values() if self.own else ()))
+
+    def targets(self, data: Dataset) -> dict[str, Array]:
+        """The labels that the losses read, by the name of their input."""
+        found = {}
+        for loss in self.labels:
+            labels = data.labels_of(loss.labels.removeprefix(LABELS).removeprefix("."))
+            assert labels is not None
+            found[loss.labels] = labels.astype(np.int64 if loss.kind == "cross-entropy" else np.float32)
+        for key, kind in (self.own.labels if self.own else {}).values():
+            labels = data.labels_of(key)
+            assert labels is not None
+            found[input_name(key)] = labels.astype(kind.numpy())
+        return found
 
 
 def plan_loss(model: ir.Model, data: Dataset, asked: Loss | None = None) -> LossPlan:
     """The loss for a model and data: labels and distillation, or distillation alone without labels.
 
-    Raises `UsageError` for a kind that the labels don't fit.
+    Raises `UsageError` for a loss that the labels or the model don't fit.
     """
     asked = asked or Loss()
-    outputs = [value for value in model.graph.outputs if value.dtype is None or value.dtype.is_floating_point()]
-    scores = [scores_behind(value, BEHIND["cross-entropy"]) for value in outputs]
-    plan = partial(LossPlan, temperature=asked.temperature, smoothing=asked.smoothing)
-    if data.labels is None:
-        if asked.kind is not None:
-            raise UsageError(f"--loss {asked.kind} needs labels, which the data lacks")
-        kind: Literal["kl", "mse"] = "kl" if len(outputs) == 1 and scores[0] is not outputs[0] else "mse"
-        names = tuple(v.name or "" for v in (scores if kind == "kl" else outputs))
-        return plan(None, kind, 1.0, names, _class_axis(outputs[0], None))
-    float_labels = data.labels.dtype.kind == "f"
-    labels: Kind = asked.kind or ("mse" if float_labels else "cross-entropy")
-    if (labels == "cross-entropy") == float_labels:
-        raise UsageError(f"--loss {labels} doesn't fit labels of type {data.labels.dtype}")
-    compared = scores_behind(outputs[0], BEHIND.get(labels, ()))
-    axis = _class_axis(outputs[0], data.labels.shape) if labels == "cross-entropy" else -1
-    distillation: Literal["kl", "mse"] = "kl" if labels == "cross-entropy" else "mse"
-    return plan(labels, distillation, asked.distillation, (compared.name or "",), axis)
+    outputs = {v.name or "": v for v in model.graph.outputs if v.dtype is None or v.dtype.is_floating_point()}
+    if asked.mix and not all(value.dtype == ir.DataType.FLOAT for value in model_inputs(model)):
+        raise UsageError("--mix mixes samples, which takes inputs of float32")
+    own = [text for text in asked.labels if _split(text) is None]
+    if len(asked.labels) > 1 and own:
+        raise UsageError(
+            f"--loss {own[0]} isn't one of {', '.join(KINDS)}, and a loss of your own can't be combined with others"
+        )
+    wanted = [split for text in asked.labels if (split := _split(text))]
+    if not asked.labels:
+        wanted = [(name, None, 1.0) for name in outputs if data.labels_of(_key(model, name)) is not None]
+    losses = dict(_label_loss(model, data, outputs, *each) for each in wanted)
+    if len(losses) < len(wanted):
+        raise UsageError("--loss: give each output one loss")
+    distances = tuple(_distance(value, losses.get(name)) for name, value in outputs.items())
+    share = asked.distillation if losses or own else 1.0
+    return LossPlan(
+        tuple(losses.values()), distances, share, load_own_loss(own[0], model, data) if own else None,
+        asked.temperature, asked.smoothing, mix=asked.mix,
+    )  # fmt: skip
+
+
+def _split(text: str) -> tuple[str, Kind | None, float] | None:
+    """The output (or ""), kind and weight of `[OUTPUT=]KIND[:WEIGHT]`; None for what isn't of that form."""
+    output, _, rest = text.rpartition("=")
+    kind, _, weight = rest.partition(":")
+    if kind not in KINDS:
+        return None
+    try:
+        return output, kind, float(weight or 1)
+    except ValueError:
+        raise UsageError(f"--loss {text}: {weight!r} is no weight; give [OUTPUT=]KIND[:WEIGHT]") from None
+
+
+def _label_loss(
+    model: ir.Model, data: Dataset, outputs: dict[str, ir.Value], output: str, kind: Kind | None, weight: float
+) -> tuple[str, LabelLoss]:
+    """The output's name, and the loss on its labels."""
+    output = output or (model.graph.outputs[0].name or "")
+    if output not in outputs:
+        raise UsageError(f"--loss {output}={kind}: the model's outputs are {list(outputs)}")
+    labels = data.labels_of(key := _key(model, output))
+    if labels is None:
+        raise UsageError(f"--loss {kind} needs labels, which the data lacks: array 'labels{key and '.'}{key}'")
+    floats = labels.dtype.kind == "f"
+    kind = kind or ("mse" if floats else "cross-entropy")
+    if (kind == "cross-entropy") == floats:
+        raise UsageError(f"--loss {kind} doesn't fit labels of type {labels.dtype}")
+    value = outputs[output]
+    axis = _class_axis(value, labels.shape) if kind == "cross-entropy" else -1
+    scores = scores_behind(value, BEHIND.get(kind, ()))
+    sparse = kind == "cross-entropy" and bool(labels.size) and int(labels.min()) < 0
+    return output, LabelLoss(kind, scores.name or "", input_name(key), axis, weight, sparse)
+
+
+def _distance(output: ir.Value, loss: LabelLoss | None) -> Distance:
+    """How an output is compared with the teacher's."""
+    scores = scores_behind(output, BEHIND["cross-entropy"])
+    if loss is not None:
+        return Distance(loss.value, "kl" if loss.kind == "cross-entropy" else "mse", loss.axis, loss.weight)
+    if scores is not output:
+        return Distance(scores.name or "", "kl", _class_axis(output, None))
+    return Distance(output.name or "", "mse")
+
+
+def _key(model: ir.Model, output: str) -> str:
+    """The name of an output's labels: the first output's have none."""
+    return "" if output == model.graph.outputs[0].name else output
+
+
+def input_name(key: str) -> str:
+    """The name of the graph input for an output's labels, or those of the first output for ""."""
+    return f"{LABELS}.{key}" if key else LABELS
 
 
 def _class_axis(output: ir.Value, labels_shape: Sequence[int] | None) -> int:
@@ -133,121 +235,3 @@ def scores_behind(output: ir.Value, functions: Sequence[str]) -> ir.Value:
     if node is not None and node.op_type in functions and node.inputs[0] is not None:
         return node.inputs[0]
     return output
-
-
-def add_loss(model: ir.Model, plan: LossPlan, labels_shape: Sequence[int] | None) -> None:
-    """Replaces the outputs of a model by the scalar `loss`, followed by what is compared with the teacher.
-
-    New inputs: `onnxprune.labels` (int64 or float32), and `onnxprune.teacher.I` for every compared value.
-    """
-    graph = model.graph
-    values = {value.name: value for node in graph for value in node.outputs}
-    students = [values[name] for name in plan.values]
-    terms: list[tuple[float, ir.Value]] = []
-    if plan.labels is not None:
-        dtype = ir.DataType.INT64 if plan.labels == "cross-entropy" else ir.DataType.FLOAT
-        labels = _input(model, LABELS, dtype, labels_shape or ())
-        terms.append((1 - plan.share, LOSSES[plan.labels](model, students[0], labels, plan)))
-    if plan.share > 0:
-        for index, student in enumerate(students):
-            shape = student.shape.numpy() if student.shape is not None else ()
-            teacher = _input(model, f"onnxprune.teacher.{index}", ir.DataType.FLOAT, shape)
-            part = (
-                _kl(model, student, teacher, plan) if plan.distillation == "kl" else _relative(model, student, teacher)
-            )
-            terms.append((plan.share / len(students), part))
-    for index, name in enumerate(plan.features, len(students)):
-        inner = values[name]
-        teacher = _input(model, f"onnxprune.teacher.{index}", ir.DataType.FLOAT, inner.shape.numpy())  # type: ignore[union-attr]
-        terms.append((plan.weight, _relative(model, inner, teacher)))
-    total: ir.Value | None = None
-    for weight, term in terms:
-        scaled = _node(model, "Mul", [term, _constant(model, weight)])
-        total = scaled if total is None else _node(model, "Add", [total, scaled])
-    assert total is not None
-    loss = _node(model, "Identity", [total])
-    loss.name, loss.type, loss.shape = "onnxprune.loss", ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
-    graph.outputs.clear()
-    graph.outputs.append(loss)
-    graph.outputs.extend(students)
-
-
-def _cross_entropy(model: ir.Model, scores: ir.Value, labels: ir.Value, plan: LossPlan) -> ir.Value:
-    """Of class indices; the smoothed part is the mean of -log p over all classes (Szegedy et al. 2016, section 7)."""
-    rank = len(scores.shape or ())
-    axis = plan.axis % rank
-    if axis != 1:  # the loss wants (N, C, ...)
-        scores = _node(model, "Transpose", [scores], {"perm": [0, axis, *(i for i in range(1, rank) if i != axis)]})
-    loss = _node(model, "SoftmaxCrossEntropyLoss", [scores, labels])
-    if not plan.smoothing:
-        return loss
-    spread = _node(model, "Neg", [_mean(model, _node(model, "LogSoftmax", [scores], {"axis": 1}))])
-    parts = zip((loss, spread), (1 - plan.smoothing, plan.smoothing), strict=True)
-    return _node(model, "Add", [_node(model, "Mul", [part, _constant(model, share)]) for part, share in parts])
-
-
-def _binary(model: ir.Model, scores: ir.Value, labels: ir.Value, plan: LossPlan) -> ir.Value:
-    """Binary cross-entropy of scores before a sigmoid: max(x, 0) - x y + log(1 + exp(-|x|)), which never overflows."""
-    small = _node(model, "Exp", [_node(model, "Neg", [_node(model, "Abs", [scores])])])
-    rest = _node(model, "Log", [_node(model, "Add", [small, _constant(model, 1.0)])])
-    linear = _node(model, "Sub", [_node(model, "Relu", [scores]), _node(model, "Mul", [scores, labels])])
-    return _mean(model, _node(model, "Add", [linear, rest]))
-
-
-def _absolute(model: ir.Model, found: ir.Value, labels: ir.Value, plan: LossPlan) -> ir.Value:
-    return _mean(model, _node(model, "Abs", [_node(model, "Sub", [found, labels])]))
-
-
-def _square(model: ir.Model, found: ir.Value, labels: ir.Value, plan: LossPlan) -> ir.Value:
-    return _mean_square(model, found, labels)
-
-
-LOSSES = {"cross-entropy": _cross_entropy, "bce": _binary, "mse": _square, "l1": _absolute}
-
-
-def _kl(model: ir.Model, student: ir.Value, teacher: ir.Value, plan: LossPlan) -> ir.Value:
-    """T^2 KL(teacher || student) at temperature T, mean over positions (Hinton et al. 2015, section 2)."""
-    axis = plan.axis
-    t = _constant(model, plan.temperature)
-    log_q = _node(model, "LogSoftmax", [_node(model, "Div", [student, t])], {"axis": axis})
-    cooled = _node(model, "Div", [teacher, t])
-    p, log_p = (_node(model, op, [cooled], {"axis": axis}) for op in ("Softmax", "LogSoftmax"))
-    products = _node(model, "Mul", [p, _node(model, "Sub", [log_p, log_q])])
-    axes = add_initializer(model, "onnxprune.kl.axes", np.array([axis], np.int64))
-    mean = _mean(model, _node(model, "ReduceSum", [products, axes], {"keepdims": 0}))
-    return _node(model, "Mul", [mean, _constant(model, plan.temperature**2)])
-
-
-def _relative(model: ir.Model, student: ir.Value, teacher: ir.Value) -> ir.Value:
-    """Mean square error over the mean square of the teacher, so that its size doesn't depend on the output's unit."""
-    scale = _node(model, "Add", [_mean(model, _node(model, "Mul", [teacher, teacher])), _constant(model, 1e-6)])
-    return _node(model, "Div", [_mean_square(model, student, teacher), scale])
-
-
-def _mean_square(model: ir.Model, a: ir.Value, b: ir.Value) -> ir.Value:
-    difference = _node(model, "Sub", [a, b])
-    return _mean(model, _node(model, "Mul", [difference, difference]))
-
-
-def _mean(model: ir.Model, value: ir.Value) -> ir.Value:
-    return _node(model, "ReduceMean", [value], {"keepdims": 0})
-
-
-def _constant(model: ir.Model, number: float) -> ir.Value:
-    return add_initializer(model, "onnxprune.loss.constant", np.array(number, np.float32))
-
-
-def _input(model: ir.Model, name: str, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-    model.graph.inputs.append(value)
-    return value
-
-
-def _node(
-    model: ir.Model, op: str, inputs: list[ir.Value], attributes: dict[str, int | list[int]] | None = None
-) -> ir.Value:
-    node = ir.node(op, inputs, attributes or {})
-    model.graph.append(node)
-    node.outputs[0].name = f"onnxprune.loss.{sum(1 for _ in model.graph)}"
-    node.name = node.outputs[0].name
-    return node.outputs[0]

@@ -177,7 +177,7 @@ class Trainer:
             self.session = self._session(onnxruntime, str(folder / "backward.onnx"))
         self.teacher = self._session(onnxruntime, str(folder / "teacher.onnx")) if self.job["distil"] else None
         self.data = {name: np.load(path, mmap_mode="r") for name, path in self.job["inputs"].items()}
-        self.labels = np.load(self.job["labels"], mmap_mode="r") if self.job["labels"] else None
+        self.labels = {name: np.load(path, mmap_mode="r") for name, path in self.job["labels"].items()}
         self.optimizer = AdamW(self.weights, self.job["weight_decay"])
         self.fading = dict(np.load(self.job["fading"])) if self.job["fading"] else {}
         self.average = {name: array.copy() for name, array in self.weights.items()} if self.job["ema"] else {}
@@ -319,9 +319,17 @@ class Trainer:
         if rng is not None and (self.job["flip"] or self.job["shift"]):
             name = next(iter(feeds))
             feeds[name] = augment(feeds[name], self.job["flip"], self.job["shift"], self.job["layout"], rng)
-        if self.labels is not None:
-            feeds["onnxprune.labels"] = np.asarray(self.labels[chosen])
-        return feeds
+        feeds |= {name: np.asarray(array[chosen]) for name, array in self.labels.items()}
+        return {**feeds, **self._mixture(feeds, len(chosen), rng)} if self.job["mix"] else feeds
+
+    def _mixture(self, feeds: dict[str, Array], size: int, rng: np.random.Generator | None) -> dict[str, Array]:
+        """Each sample mixed with another, in a share that is the same in the batch; without randomness, with itself."""
+        other, share = np.arange(size), np.float32(1)
+        if rng is not None:
+            other, share = rng.permutation(size), np.float32(rng.beta(self.job["mix"], self.job["mix"]))
+        mixed = {name: share * feeds[name] + (1 - share) * feeds[name][other] for name in self.data}
+        labels = {name + ".other": feeds[name][other] for name in self.labels}
+        return {**mixed, **labels, "onnxprune.mixed": np.full(size, share, np.float32)}
 
     def _accuracy(self, feeds: dict[str, Array], scores: list[Array]) -> float | None:
         labels = feeds.get("onnxprune.labels")

@@ -98,6 +98,8 @@ class Lowerer:
     def sizes(self, node: ir.Node, value: ir.Value | None) -> list[int]:
         """The shape of a value. Raises `TrainingError` when it isn't known."""
         shape = self.shapes(value) if value is not None else None
+        if shape is None and value is not None and value.shape is not None and value.shape.is_static():
+            shape = value.shape.numpy()  # of the loss, which was added since
         if shape is None or any(size is None for size in shape):
             raise self.refusal(node, "the shape of what it reads isn't known")
         return [size or 0 for size in shape]

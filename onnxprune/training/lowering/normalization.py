@@ -7,7 +7,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune.labels.flow import integer
+from onnxprune.labels.flow import integer, text
 from onnxprune.model import constant
 from onnxprune.training.lowering.base import Lowerer, attribute, first, lowering
 
@@ -83,9 +83,49 @@ def _simplified(lower: Lowerer, node: ir.Node) -> None:
 
 @lowering("SoftmaxCrossEntropyLoss")
 def _cross_entropy(lower: Lowerer, node: ir.Node) -> None:
-    """Its gradient reads the output log_prob; whether one that isn't named is added depends on the build."""
-    if not lower.plain:
+    """Its gradient reads the output log_prob; whether one that isn't named is added depends on the build.
+
+    With labels that don't count, class weights or another reduction it is spelt out: -log p times a mask.
+    """
+    plain = (
+        len(node.inputs) == 2 and "ignore_index" not in node.attributes and text(node, "reduction", "mean") == "mean"
+    )
+    if not plain:
+        _spelt_out_cross_entropy(lower, node)
+    elif not lower.plain:
         _name_outputs(node, "log_prob")
+
+
+def _spelt_out_cross_entropy(lower: Lowerer, node: ir.Node) -> None:
+    """A mean is over what counts, by class weights; where nothing does it is 0, for the standard's 0 / 0."""
+    scores, labels = node.inputs[:2]
+    assert scores is not None and labels is not None
+    if len(node.outputs) > 1 and list(node.outputs[1].uses()):
+        raise lower.refusal(node, "its second output is used")
+    shape = lower.sizes(node, scores)
+    rank = len(shape)
+    classes = np.arange(shape[1]).reshape(1, -1, *[1] * (rank - 2))
+    ignored = integer(node, "ignore_index", -1)  # where none is, no class is -1
+    classes = np.where(classes == ignored, -1 - abs(ignored), classes)
+    wide = lower.add(node, "Unsqueeze", [labels, lower.integers(node, 1)])
+    hot = lower.add(node, "Equal", [wide, lower.constant(node, classes.astype(_kind(lower, labels)))])
+    mask = lower.add(node, "Cast", [hot], to=int(ir.DataType.FLOAT))
+    if len(node.inputs) > 2 and (weights := node.inputs[2]) is not None:
+        mask = lower.add(node, "Mul", [mask, lower.reshape(node, weights, 1, shape[1], *[1] * (rank - 2))])
+    log_p = lower.add(node, "LogSoftmax", [scores], axis=1)
+    axes = [1] if text(node, "reduction", "mean") == "none" else list(range(rank))
+    loss = lower.add(
+        node, "ReduceSum", [lower.add(node, "Mul", [log_p, mask]), lower.integers(node, *axes)], keepdims=0
+    )
+    if text(node, "reduction", "mean") == "mean":
+        count = lower.add(node, "ReduceSum", [mask, lower.integers(node, *axes)], keepdims=0)
+        loss = lower.add(node, "Div", [loss, lower.add(node, "Max", [count, lower.number(node, 1e-9)])])
+    lower.replace(node, "Neg", [loss])
+
+
+def _kind(lower: Lowerer, labels: ir.Value) -> np.dtype[np.generic]:
+    kind = labels.dtype or lower.shapes.element_type(labels) or ir.DataType.INT64
+    return kind.numpy()
 
 
 def _name_outputs(node: ir.Node, *names: str) -> None:
