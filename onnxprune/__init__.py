@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from onnxprune.api import Inspection, PruneResult, Verification, apply, inspect, prune, verify
     from onnxprune.bench import BenchResult
     from onnxprune.bench import bench_models as bench
-    from onnxprune.data import ImageOptions
     from onnxprune.options import RunOptions
     from onnxprune.pipeline import run
     from onnxprune.plan import Plan
     from onnxprune.report import Report
     from onnxprune.select import Keep
     from onnxprune.sensitivity import Sensitivity, sensitivity
+    from onnxprune.sources import ImageOptions
 
 __version__ = "0.1.0"
 

@@ -1,21 +1,15 @@
-"""Data: what the user gives, checked against the model before any work, and random inputs where there is none."""
+"""Samples: checked against the model before any work, and random inputs where there are none."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import os
-import sys
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from onnxprune.errors import DataError, ModelError
 from onnxprune.shapes import dynamic_sizes, input_shape
@@ -23,17 +17,40 @@ from onnxprune.shapes import dynamic_sizes, input_shape
 Array = NDArray[Any]
 IGNORED = -1  # the class label of what doesn't count
 ALIASES = ("input", "x", "images")
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+CHUNK = 1024  # rows read at a time
 
 
-@dataclass(frozen=True)
-class ImageOptions:
-    """How a folder of images becomes arrays: (pixels / 255 - mean) / std, resized to `size` (height, width)."""
+class StoredArray:
+    """An array whose rows lie in one or several files, in an order of its own, and are read when asked for.
 
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    size: tuple[int, int] | None = None
-    layout: str = "nchw"
+    It stands in for a NumPy array where only rows are taken of one; anything else reads it whole.
+    """
+
+    def __init__(self, parts: Sequence[Array], order: NDArray[np.int64] | None = None) -> None:
+        self.parts = parts
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+        self.order = np.arange(self._starts[-1]) if order is None else order
+        self.shape, self.dtype = (len(self.order), *parts[0].shape[1:]), parts[0].dtype
+        self.ndim, self.size = len(self.shape), int(np.prod(self.shape))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, rows: NDArray[np.int64] | slice) -> Array:
+        wanted = self.order[rows]
+        where = np.searchsorted(self._starts, wanted, "right") - 1
+        result = np.empty((len(wanted), *self.shape[1:]), self.dtype)
+        for index in np.unique(where):
+            chosen = where == index
+            result[chosen] = self.parts[index][wanted[chosen] - self._starts[index]]
+        return result
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def take(self, rows: NDArray[np.int64]) -> StoredArray:
+        """The rows at these indices, still where they lie."""
+        return StoredArray(self.parts, self.order[rows])
 
 
 @dataclass(frozen=True)
@@ -51,10 +68,19 @@ class Dataset:
         return len(next(iter(self.inputs.values())))
 
     def take(self, indices: NDArray[np.int64] | slice) -> Dataset:
-        """The samples at these indices."""
-        labels = None if self.labels is None else self.labels[indices]
-        inputs, others = ({name: array[indices] for name, array in kind.items()} for kind in (self.inputs, self.others))
-        return Dataset(inputs, labels, others)
+        """The samples at these indices; those in files stay there, but slices are read."""
+
+        def rows(array: Any) -> Any:
+            stays = isinstance(array, StoredArray) and not isinstance(indices, slice)
+            return array.take(indices) if stays else array[indices]
+
+        inputs = {name: rows(array) for name, array in self.inputs.items()}
+        others = {name: array[indices] for name, array in self.others.items()}
+        return Dataset(inputs, None if self.labels is None else self.labels[indices], others)
+
+    def shuffled(self, seed: int) -> Dataset:
+        """The samples in an order decided by the seed: the first ones then speak for all."""
+        return self.take(np.random.default_rng(seed).permutation(len(self)))
 
     def labels_of(self, name: str) -> Array | None:
         """The labels of an output, or of the first one for ""; None when there are none."""
@@ -62,110 +88,25 @@ class Dataset:
 
     def split(self, share: float, seed: int) -> tuple[Dataset, Dataset]:
         """Shuffles by the seed and holds back `share` of the samples (at least one): (the rest, held back)."""
-        order = np.random.default_rng(seed).permutation(len(self))
-        held = max(1, round(share * len(self)))
-        return self.take(np.sort(order[held:])), self.take(np.sort(order[:held]))
+        held, shuffled = max(1, round(share * len(self))), self.shuffled(seed)
+        return shuffled.take(np.arange(held, len(self))), shuffled.take(slice(0, held))
 
     def digest(self) -> str:
         """SHA-256 of all arrays, for telling whether a resumed run has the same data."""
         total = hashlib.sha256()
         for name, array in [*sorted(self.inputs.items()), *sorted(self.others.items())]:
             total.update(name.encode())
-            total.update(np.ascontiguousarray(array).data)
+            for rows in chunks(array):
+                total.update(np.ascontiguousarray(rows).data)
         if self.labels is not None:
             total.update(np.ascontiguousarray(self.labels).data)
         return total.hexdigest()
 
 
-def load_data(source: str, model: ir.Model, images: ImageOptions | None = None, ignored: int | None = None) -> Dataset:
-    """Reads data and checks it against a model's inputs and output.
-
-    Class labels of the value `ignored` don't count; they come out as -1.
-
-    `source` is an .npz file, a folder with one sub-folder of images for each class, or `module:function` returning an
-    iterable of dicts of arrays. Raises `DataError` naming the array for wrong names, shapes, dtypes, counts or labels,
-    no samples, and NaNs or infinities.
-    """
-    path = Path(source)
-    if path.is_dir():
-        arrays = _from_folder(path, model, images or ImageOptions())
-    elif path.is_file() or source.endswith((".npz", ".npy")):
-        arrays = _from_npz(path)
-    elif ":" in source:
-        arrays = _from_function(source)
-    else:
-        raise DataError(f"{source}: no such file or folder; give an .npz, a folder of images or module:function")
-    return check_data(arrays, model, source, ignored)
-
-
-def _from_npz(path: Path) -> dict[str, Array]:
-    try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise DataError(f"{path}: holds a single array; save arrays by name with numpy.savez")
-        with file:
-            return {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not an .npz file that can be read: {str(error).splitlines()[0]}") from error
-
-
-def load_function(name: str) -> Callable[..., Any]:
-    """The function that `module:function` names. Raises `DataError` when there is none."""
-    module_name, _, function_name = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"{name}: {error}; give module:function, importable from the current folder") from error
-    if not callable(function):
-        raise DataError(f"{name}: not a function")
-    return function  # type: ignore[no-any-return]
-
-
-def _from_function(source: str) -> dict[str, Array]:
-    try:
-        rows = list(load_function(source)())
-        names = list(rows[0]) if rows else []
-        return {name: np.concatenate([np.asarray(row[name]) for row in rows]) for name in names}
-    except DataError:
-        raise
-    except Exception as error:  # the user's code may raise anything
-        raise DataError(f"{source}: {type(error).__name__}: {error}; it must return dicts of batched arrays") from error
-
-
-def _from_folder(path: Path, model: ir.Model, options: ImageOptions) -> dict[str, Array]:
-    value = model_inputs(model)[0]
-    classes = sorted(entry for entry in path.iterdir() if entry.is_dir())
-    files = [
-        (file, label)
-        for label, folder in enumerate(classes)
-        for file in sorted(folder.iterdir())
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if not files:
-        raise DataError(f"{path}: no images in sub-folders; put the images of each class into a folder of its own")
-    shape = list(value.shape or ())
-    first, second, channels = (2, 3, 1) if options.layout == "nchw" else (1, 2, 3)
-    size = options.size
-    if size is None and len(shape) == 4 and isinstance(shape[first], int) and isinstance(shape[second], int):
-        size = (int(str(shape[first])), int(str(shape[second])))
-    if size is None or len(shape) != 4:
-        raise DataError(f"{path}: the image size can't be read off input {value.name!r}; give --size HEIGHT WIDTH")
-    mode = "L" if shape[channels] == 1 else "RGB"
-    mean, std = np.array(options.mean, np.float32), np.array(options.std, np.float32)
-    stack = np.empty((len(files), *size, 1 if mode == "L" else 3), np.float32)
-    for index, (file, _) in enumerate(files):
-        try:
-            pixels = Image.open(file).convert(mode).resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{file}: not an image that can be read: {error}") from error
-        stack[index] = (np.asarray(pixels, np.float32).reshape(*size, -1) / 255 - mean) / std
-    if options.layout == "nchw":
-        stack = np.ascontiguousarray(stack.transpose(0, 3, 1, 2))
-    return {value.name or "": stack, "labels": np.array([label for _, label in files], np.int64)}
+def chunks(array: Array) -> Iterator[Array]:
+    """The rows of an array, some at a time."""
+    for start in range(0, len(array), CHUNK):
+        yield array[start : start + CHUNK]
 
 
 def model_inputs(model: ir.Model) -> list[ir.Value]:
@@ -218,7 +159,7 @@ def _check_array(array: Array, value: ir.Value, source: str) -> None:
     if not fits:
         described = ["N", *[str(dim) for dim in shape[1:]]]
         raise DataError(f"{where} has shape {array.shape}, the model wants ({', '.join(described)})")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
+    if array.dtype.kind == "f" and not all(np.isfinite(rows).all() for rows in chunks(array)):
         raise DataError(f"{where} holds NaNs or infinities; remove those samples")
 
 
@@ -303,17 +244,3 @@ def random_dataset(model: ir.Model, count: int, seed: int) -> Dataset:
         return Dataset(random_inputs(model, seed, count), None)
     parts = [random_inputs(model, seed + i) for i in range(-(-count // batch))]
     return Dataset({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, None)
-
-
-def as_dataset(
-    source: str | Mapping[str, Array] | Iterable[Any],
-    model: ir.Model,
-    images: ImageOptions | None,
-    ignored: int | None = None,
-) -> Dataset:
-    """A `Dataset` from what a caller of the Python API may give: a source as for `load_data`, or a dict of arrays."""
-    if isinstance(source, str | os.PathLike):
-        return load_data(str(source), model, images, ignored)
-    if isinstance(source, Mapping):
-        return check_data(source, model, ignored=ignored)
-    raise DataError(f"data must be a path, module:function or a dict of arrays, not {type(source).__name__}")

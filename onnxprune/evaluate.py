@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from onnx import TypeProto, helper
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 
-from onnxprune.data import IGNORED, Dataset, batches, fixed_batch, load_function, random_inputs
+from onnxprune.data import IGNORED, Dataset, batches, fixed_batch, random_inputs
 from onnxprune.errors import DataError, ModelError, UsageError
 from onnxprune.model import open_session
 from onnxprune.shapes import Shapes, infer_shapes, replace_node
+from onnxprune.sources import load_function
 
 Array = NDArray[Any]
 Batch = Mapping[str, Array]

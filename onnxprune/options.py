@@ -59,7 +59,7 @@ class RunOptions:
     memory: int | None = None
     seed: int = 0
     trainer: Trainer = "auto"
-    loss: tuple[str, ...] = ()
+    loss: str | tuple[str, ...] = ()
     ignore_index: int | None = None
     distillation: float = 0.8
     temperature: float = 2.0
@@ -107,7 +107,8 @@ class RunOptions:
     @property
     def loss_options(self) -> Loss:
         """What is asked of the loss."""
-        return Loss(self.loss, self.distillation, self.temperature, self.smoothing, self.features, self.mix)
+        labels = (self.loss,) if isinstance(self.loss, str) else self.loss
+        return Loss(labels, self.distillation, self.temperature, self.smoothing, self.features, self.mix)
 
     @property
     def targets(self) -> dict[str, float]:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from onnxprune.activations import ACTIVATION_CRITERIA
 from onnxprune.bench import bench_models, find_providers, model_bytes
 from onnxprune.cost import Alive, Cost
 from onnxprune.cut import cut
-from onnxprune.data import Dataset, ImageOptions, as_dataset, random_dataset
+from onnxprune.data import Dataset, random_dataset
 from onnxprune.errors import ModelError, TrainingError, UsageError
 from onnxprune.evaluate import find_metric
 from onnxprune.files import check_writable, memoised, sha256, write_json
@@ -48,6 +48,7 @@ from onnxprune.report import Report, Side, latency_sides, versions, widths
 from onnxprune.score import CRITERIA, Origin, normalise_scores, origin_of, score_units
 from onnxprune.select import Rounding, bounded, survivors, tau_for
 from onnxprune.sensitivity import load_sensitivity
+from onnxprune.sources import ImageOptions, as_dataset
 from onnxprune.synthesise import synthetic_dataset
 from onnxprune.threshold import (
     EVALUATIONS,
@@ -68,7 +69,8 @@ from onnxprune.units import Units, chosen_units, fading_parts, find_units, granu
 from onnxprune.verify import check_cut
 from onnxprune.workspace import configuration, open_workspace
 
-HELD_BACK, MOST_HELD = 0.2, 5000  # share and number of samples for decisions, when no evaluation data is given
+HELD_BACK = 0.2  # share of the samples for decisions, when no evaluation data is given, but at most
+MOST_HELD, MOST_MEASURED = 5000, 1000  # where the drop decides, and where it is only measured
 PROBE_SAMPLES = 1024
 STEPS_A_ROUND = 1000  # fine-tuning steps that epochs are chosen for when they aren't given
 ENDLESS = 10_000  # epochs, where time decides
@@ -85,7 +87,7 @@ UNKNOWN = 1e30  # a loss that JSON can hold
 MEASURED = ("drop", "loss", "drop_before_tuning")
 RATE, RATE_WITH_BATCH_NORM = 1e-3, 1.5e-3  # of AdamW, when not given
 
-Data = str | Mapping[str, NDArray[Any]]
+Data = str | Sequence[str] | Mapping[str, NDArray[Any]]
 Proposal = dict[str, Any]
 Record = dict[str, Any]
 
@@ -151,9 +153,12 @@ def _load(
     notes: list[str],
 ) -> tuple[Dataset | None, Dataset]:
     """Training data, if any, and evaluation data: what is given, a part held back, or random inputs."""
-    train = None if data is None else as_dataset(data, model, images, options.ignore_index)
-    if eval_data is not None:
-        return train, as_dataset(eval_data, model, images, options.ignore_index)
+    train, evaluation = (
+        None if given is None else as_dataset(given, model, images, options.ignore_index).shuffled(options.seed)
+        for given in (data, eval_data)
+    )
+    if evaluation is not None:
+        return train, evaluation
     if train is None:
         if options.max_drop is not None or options.metric is not None:
             raise UsageError("--max-drop and --metric need data to measure on: give --data")
@@ -163,7 +168,8 @@ def _load(
             raise UsageError("--criterion auto tries criteria on data: give --data, or name one")
         notes.append("no data: scored by weights alone; accuracy was not measured")
         return None, random_dataset(model, 64, options.seed)
-    train, evaluation = train.split(min(HELD_BACK, MOST_HELD / max(len(train), 1)), options.seed)
+    most = MOST_MEASURED if options.targets and options.max_drop is None else MOST_HELD
+    train, evaluation = train.split(min(HELD_BACK, most / max(len(train), 1)), options.seed)
     notes.append(
         f"no --eval-data: {len(evaluation)} samples of --data are held back from training for decisions; if the model "
         "was trained on them, it remembers them, and drops look larger than they are on new data"

@@ -15,7 +15,7 @@ import numpy as np
 
 from onnxprune.cost import Cost
 from onnxprune.cut import cut
-from onnxprune.data import Dataset, ImageOptions, as_dataset
+from onnxprune.data import Dataset
 from onnxprune.errors import UsageError
 from onnxprune.evaluate import find_metric
 from onnxprune.judge import Judge
@@ -24,6 +24,7 @@ from onnxprune.normalise import normalise
 from onnxprune.progress import Listener
 from onnxprune.score import Scores, score_units
 from onnxprune.select import keep_best
+from onnxprune.sources import ImageOptions, as_dataset
 from onnxprune.units import Units, prunable
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -118,9 +119,9 @@ def sensitivity(
 ) -> Sensitivity:
     """Removes each share in `ratios` of each group's units, one group at a time, unrepaired, and measures.
 
-    `data` as for `run`; its first `samples` samples are used, and without labels fidelity to the uncut model is
-    measured. `parallel` is a number of processes, `dask:HOST:PORT` or `ray:ADDRESS` for a cluster that has onnxprune
-    installed; results don't depend on it. Raises subclasses of `OnnxPruneError`.
+    `data` as for `run`; `samples` of its samples, drawn by the seed, are used. Without labels fidelity to the uncut
+    model is measured. `parallel` is a number of processes, `dask:HOST:PORT` or `ray:ADDRESS` for a cluster that has
+    onnxprune installed; results don't depend on it. Raises subclasses of `OnnxPruneError`.
     """
     listener = listener or Listener()
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
@@ -130,7 +131,7 @@ def sensitivity(
     listener.stage("opening and normalising the model")
     baseline = normalise(open_model(model))
     units = prunable(baseline, str(model))
-    part = as_dataset(data, baseline, images).take(slice(0, samples))
+    part = as_dataset(data, baseline, images).shuffled(seed).take(slice(0, samples))
     measured = find_metric(metric, part)
     jobs = int(parallel) if parallel.isdigit() else 0
     threads = max(1, (os.cpu_count() or 1) // max(1, jobs))

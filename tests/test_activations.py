@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from onnxprune.activations import ACTIVATION_CRITERIA, DAMPING
-from onnxprune.data import Dataset, as_dataset
+from onnxprune.data import Dataset
 from onnxprune.labels import analyse
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
+from onnxprune.sources import as_dataset
 from onnxprune.units import find_units, prunable
 from tests.conftest import MODELS
 from tests.graphs import graph

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from onnxprune.data import ImageOptions, check_data, load_data
+from onnxprune.data import check_data
 from onnxprune.errors import DataError
+from onnxprune.evaluate import find_metric
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
+from onnxprune.sources import ImageOptions, load_data
 from tests.conftest import MODELS
+from tests.graphs import graph
 
 MODEL = normalise(open_model(MODELS / "digits_resnet.onnx"))
 GOOD = np.zeros((6, 1, 8, 8), np.float32)
@@ -99,10 +103,66 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     data = load_data(str(tmp_path), MODEL, ImageOptions(mean=(0.5,), std=(0.25,)))
     assert data.inputs["input"].shape == (4, 1, 8, 8)
     assert data.labels is not None and data.labels.tolist() == [0, 0, 1, 1]
-    np.testing.assert_allclose(data.inputs["input"][[0, -1], 0, 0, 0], [-2, 2])
+    np.testing.assert_allclose(np.asarray(data.inputs["input"])[[0, -1], 0, 0, 0], [-2, 2])
     (tmp_path / "white" / "2.png").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"2\.png"):
         load_data(str(tmp_path), MODEL)
+
+
+def test_several_files_are_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((7, 1, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", input=images[:4], labels=LABELS[:4])
+    np.savez_compressed(tmp_path / "b.npz", input=images[4:], labels=np.array([4, 5, 6]))
+    data = load_data([str(tmp_path / "a.npz"), str(tmp_path / "b.npz")], MODEL)
+    assert len(data) == 7 and data.labels is not None and data.labels.tolist() == [*LABELS[:4], 4, 5, 6]
+    order = np.array([6, 0, 4, 3, 1])
+    for taken, expected in (
+        (data.take(slice(2, 6)), images[2:6]),
+        (data.take(order), images[order]),
+        (data.take(order).take(np.array([1, 2])), images[order][1:3]),
+    ):
+        np.testing.assert_array_equal(np.asarray(taken.inputs["input"]), expected)
+    same = check_data({"input": images[order], "labels": np.array([6, 0, 4, 3, 1])}, MODEL)
+    assert data.take(order).digest() == same.digest()
+    np.savez(tmp_path / "c.npz", input=images.astype(np.float64), labels=np.arange(7))
+    with pytest.raises(DataError, match=r"c\.npz: array 'input' is float64"):
+        load_data([str(tmp_path / "a.npz"), str(tmp_path / "c.npz")], MODEL)
+
+
+def test_what_lies_in_files_is_not_read_into_memory(tmp_path: Path) -> None:
+    np.savez(tmp_path / "large.npz", input=np.zeros((200_000, 1, 8, 8), np.float32), labels=np.zeros(200_000, np.int64))
+    tracemalloc.start()
+    train, held = load_data(str(tmp_path / "large.npz"), MODEL).split(0.01, 0)
+    train.digest()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(train) == 198_000 and len(held) == 2_000 and peak < 20e6  # of 51 MB
+
+
+def test_labels_of_a_certain_value_do_not_count() -> None:
+    labels = np.array([0, 255, 2, 255, 1, 3], np.uint8)
+    with pytest.raises(DataError, match="--ignore-index"):
+        check_data({"input": GOOD, "labels": labels}, MODEL)
+    data = check_data({"input": GOOD, "labels": labels}, MODEL, ignored=255)
+    assert data.labels is not None and data.labels.tolist() == [0, -1, 2, -1, 1, 3]
+    scores = np.eye(10, dtype=np.float32)[[0, 0, 2, 0, 0, 0]]
+    assert find_metric("top1", data).compute([scores], data.labels, []) == 50.0
+
+
+def test_labels_of_further_outputs_are_checked_against_them() -> None:
+    model = graph(
+        "(float[N,6] x, float[6,4] w, float[6,3] v) => (float[N,4] y, float[N,3] z) "
+        "{ y = MatMul(x, w) z = MatMul(x, v) }"
+    )
+    x = np.zeros((5, 6), np.float32)
+    labels = {"labels.y": np.array([0, 0, 1, 1, 2]), "labels.z": np.full(5, 2), "labels.age": np.ones(5)}
+    data = check_data({"x": x, **labels}, model)
+    assert data.labels is not None and set(data.others) == {"z", "age"}
+    with pytest.raises(DataError, match=r"'labels\.z' goes from 3 to 3, but the model's classes are 0 to 2"):
+        check_data({"x": x, "labels.z": np.full(5, 3)}, model)
+    with pytest.raises(DataError, match="number of samples"):
+        check_data({"x": x, "labels.z": np.full(4, 2)}, model)
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from onnxprune.data import load_data
 from onnxprune.model import open_model
+from onnxprune.sources import load_data
 from tests.conftest import MODELS, call
 
 
 def accuracy(path: Path) -> float:
-    data = load_data(str(MODELS / "digits_test.npz"), open_model(MODELS / "digits_resnet.onnx"))
+    data = load_data(str(MODELS / "digits_test.npz"), open_model(MODELS / "digits_resnet.onnx")).take(slice(None))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (name, array), *_ = data.inputs.items()
     scores = session.run(None, {session.get_inputs()[0].name: array})[0]

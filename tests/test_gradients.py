@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxprune.data import Dataset, as_dataset
+from onnxprune.data import Dataset
 from onnxprune.errors import UsageError
 from onnxprune.gradients import GRADIENT_CRITERIA
 from onnxprune.labels import analyse
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
+from onnxprune.sources import as_dataset
 from onnxprune.units import find_units, prunable
 from tests.conftest import MODELS, needs_training
 from tests.graphs import graph

@@ -10,13 +10,14 @@ import pytest
 
 import onnxprune
 from onnxprune.api import inspect, prune
-from onnxprune.data import as_dataset, random_inputs
+from onnxprune.data import random_inputs
 from onnxprune.errors import UsageError
 from onnxprune.evaluate import relative_difference, run_model
 from onnxprune.layers import choose_layers, drop_layers, find_layers, influence_scores, weight_scores
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
 from onnxprune.plan import Plan
+from onnxprune.sources import as_dataset
 from onnxprune.verify import mask_oracle
 from tests.conftest import MODELS
 from tests.graphs import graph

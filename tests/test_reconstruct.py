@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxprune.cut import cut
-from onnxprune.data import as_dataset, random_inputs
+from onnxprune.data import random_inputs
 from onnxprune.evaluate import find_metric, predict, relative_difference, run_model
 from onnxprune.labels import analyse
 from onnxprune.model import open_model
@@ -17,6 +17,7 @@ from onnxprune.normalise import normalise
 from onnxprune.plan import Plan
 from onnxprune.reconstruct import reconstruct
 from onnxprune.repair import reestimate_batch_norm, undo_if_worse
+from onnxprune.sources import as_dataset
 from onnxprune.units import find_units
 from tests.conftest import MODELS
 from tests.graphs import graph, random_cut

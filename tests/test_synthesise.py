@@ -10,11 +10,12 @@ import pytest
 
 from onnxprune.cost import Cost
 from onnxprune.cut import cut
-from onnxprune.data import as_dataset, random_dataset
+from onnxprune.data import random_dataset
 from onnxprune.evaluate import find_metric, predict
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
 from onnxprune.reconstruct import reconstruct
+from onnxprune.sources import as_dataset
 from onnxprune.synthesise import synthetic_dataset
 from onnxprune.units import prunable
 from tests.conftest import MODELS, call, needs_training

@@ -18,13 +18,14 @@ import onnx_ir as ir
 import pytest
 
 from onnxprune.cut import cut
-from onnxprune.data import Dataset, check_data, load_data, random_inputs
+from onnxprune.data import Dataset, check_data, random_inputs
 from onnxprune.errors import DataError, TrainingError, UsageError
 from onnxprune.evaluate import find_metric, log_probabilities, predict, relative_difference, run_model
 from onnxprune.judge import Judge
 from onnxprune.labels import analyse
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
+from onnxprune.sources import load_data
 from onnxprune.training import Loss, Trainer, TrainingOptions, fine_tune, runtime
 from onnxprune.training.client import WorkerDiedError, choose_augmentation
 from onnxprune.training.forward import teacher_graph, trainable, training_graph, untrainable

@@ -21,7 +21,7 @@ import numpy as np
 from onnxprune import reconstruct as module
 from onnxprune.cost import Cost
 from onnxprune.cut import cut
-from onnxprune.data import Dataset, ImageOptions, as_dataset
+from onnxprune.data import Dataset
 from onnxprune.evaluate import find_metric, predict
 from onnxprune.lineup import line_up
 from onnxprune.model import open_model
@@ -31,6 +31,7 @@ from onnxprune.pipeline import default_rate
 from onnxprune.repair import reestimate_batch_norm
 from onnxprune.score import normalise_scores, score_units
 from onnxprune.select import Rounding, tau_for
+from onnxprune.sources import ImageOptions, as_dataset
 from onnxprune.training import Loss, TrainingOptions, fine_tune
 from onnxprune.training.client import choose_augmentation
 from onnxprune.units import granularity_for, prunable

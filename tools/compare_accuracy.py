@@ -27,12 +27,13 @@ import onnxsim
 import onnxprune
 from onnxprune import RunOptions
 from onnxprune.cost import Cost
-from onnxprune.data import Dataset, ImageOptions, as_dataset
+from onnxprune.data import Dataset
 from onnxprune.evaluate import find_metric, predict
 from onnxprune.labels import analyse
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
 from onnxprune.pipeline import default_rate
+from onnxprune.sources import ImageOptions, as_dataset
 from onnxprune.training.client import choose_augmentation
 from onnxprune.units import find_units
 

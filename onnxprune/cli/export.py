@@ -10,10 +10,10 @@ import click
 from onnxprune.bench import model_bytes
 from onnxprune.cli.options import IMAGE_OPTIONS, image_options, options, with_json
 from onnxprune.cli.output import print_json, say
-from onnxprune.data import load_data
 from onnxprune.files import check_writable
 from onnxprune.model import open_model, save_model
 from onnxprune.quantise import NUMBERS, ORT, Numbers, as_ort, quantise
+from onnxprune.sources import load_data
 
 
 @click.command("export", short_help="Smaller numbers, or the .ort format.")
@@ -22,11 +22,11 @@ from onnxprune.quantise import NUMBERS, ORT, Numbers, as_ort, quantise
 @click.option(
     "--quantize", "numbers", type=click.Choice(NUMBERS), help="int8 needs --data; dynamic is for transformers."
 )
-@click.option("--data", help="What ranges of activations are taken from.")
+@click.option("--data", multiple=True, help="What ranges of activations are taken from; repeatable.")
 @options(IMAGE_OPTIONS)
 @with_json
 def export_command(
-    model: Path, output: Path, numbers: Numbers | None, data: str | None, as_json: bool, **given: object
+    model: Path, output: Path, numbers: Numbers | None, data: tuple[str, ...], as_json: bool, **given: object
 ) -> int:
     """Writes MODEL with smaller numbers, or in onnxruntime's own format where OUTPUT ends in .ort."""
     images = image_options(dict(given))
@@ -37,7 +37,7 @@ def export_command(
         if numbers is None:
             save_model(opened, place)
         else:
-            quantise(model, place, numbers, load_data(data, opened, images) if data else None)
+            quantise(model, place, numbers, load_data(data, opened, images).shuffled(0) if data else None)
         if output.suffix == ORT:
             as_ort(place, output)
         else:

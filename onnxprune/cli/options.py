@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import click
 
-from onnxprune.data import ImageOptions
 from onnxprune.errors import UsageError
 from onnxprune.select import Keep
+from onnxprune.sources import ImageOptions
 
 SCOPES = ["layer", "global", "isomorphic"]
 F = TypeVar("F", bound=Callable[..., Any])

@@ -33,8 +33,16 @@ RUN_OPTIONS = [
     click.option(
         "-o", "--output", type=click.Path(path_type=Path), help="The pruned model.  [default: MODEL.pruned.onnx]"
     ),
-    click.option("--data", help="Calibration and training data: .npz, folder of images, or module:function."),
-    click.option("--eval-data", help="Data to measure on; without it up to 5,000 samples of --data are held back."),
+    click.option(
+        "--data",
+        multiple=True,
+        help="Calibration and training data: .npz, folder of images, or module:function; repeatable.",
+    ),
+    click.option(
+        "--eval-data",
+        multiple=True,
+        help="Data to measure on; without it a part of --data is held back; repeatable.",
+    ),
     click.option("--target-macs", type=float, metavar="F", help="Share of the MACs that may remain, such as 0.5."),
     click.option("--target-params", type=float, metavar="F", help="Share of the parameters that may remain."),
     click.option("--target-size", type=float, metavar="F", help="Share of the bytes of the weights that may remain."),
@@ -188,6 +196,7 @@ def run_command(model: Path, as_json: bool, **given: Any) -> int:
     With only --data: as small as one point of drop allows. Without data: to 75 % of the MACs, scored by weights.
     """
     places = {name: given.pop(name) for name in ("output", "data", "eval_data", "run_dir", "resume")}
+    places |= {name: places[name] or None for name in ("data", "eval_data")}
     images = image_options(given)
     given["providers"] = tuple(given.pop("ep"))
     with TerminalListener() as listener:

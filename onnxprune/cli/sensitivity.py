@@ -18,7 +18,12 @@ from onnxprune.sensitivity import RATIOS, SAMPLES, Sensitivity, plot, sensitivit
 
 @click.command("sensitivity", short_help="How much each group matters, measured.")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--data", required=True, help="Data to measure on: .npz, folder of images, or module:function.")
+@click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    help="Data to measure on: .npz, folder of images, or module:function; repeatable.",
+)
 @click.option(
     "--ratios", default=",".join(map(str, RATIOS)), metavar="F,F…", help="Shares of a group's units to remove."
 )

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxprune.data import Dataset, fixed_batch, model_inputs
+from onnxprune.data import CHUNK, Dataset, chunks, fixed_batch, model_inputs
 from onnxprune.errors import TrainingError
 from onnxprune.evaluate import predict
 from onnxprune.files import write_json
@@ -252,8 +252,10 @@ def _write_job(folder: Path, options: TrainingOptions, given: dict[str, Any]) ->
 
 def _array_file(folder: Path, name: str, array: np.ndarray[Any, Any]) -> Path:
     path = (folder / f"{name}.npy").resolve()
-    with path.open("wb") as file:
-        np.save(file, np.ascontiguousarray(array))
+    whole = np.lib.format.open_memmap(path, "w+", array.dtype, array.shape)
+    for start, rows in zip(range(0, len(array), CHUNK), chunks(array), strict=True):
+        whole[start : start + CHUNK] = rows
+    whole.flush()
     return path
 
 

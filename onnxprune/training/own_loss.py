@@ -12,9 +12,10 @@ import onnx_ir as ir
 from onnx import version_converter
 from onnx_ir.passes import common
 
-from onnxprune.data import Dataset, load_function
+from onnxprune.data import Dataset
 from onnxprune.errors import DataError, ModelError, TrainingError, UsageError
 from onnxprune.model import open_model
+from onnxprune.sources import load_function
 from onnxprune.training.lowering import spell_out
 
 
