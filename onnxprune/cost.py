@@ -92,6 +92,15 @@ def product_kind(node: ir.Node, size: Size) -> str | None:
     return "matmul" if node_macs(node, size) else None
 
 
+def product_width(node: ir.Node, kind: str, size: Size) -> float:
+    """How wide a product is: the root of what it reads times what it makes, or the channels of a depthwise one."""
+    value = node.inputs[1] if len(node.inputs) > 1 else None
+    weight = (size(value) if value is not None else None) or (1, 1)
+    if kind == "depthwise":
+        return weight[0]
+    return math.sqrt(math.prod(weight[-2:] if kind == "matmul" else weight[:2]))
+
+
 class Cost:
     """What a model costs when only some components survive, without cutting it.
 
@@ -122,7 +131,8 @@ class Cost:
     def nanoseconds(self, alive: Alive) -> int:
         """What a run should take on the target, by its probe: products of widths rounded up to its steps, and the rest.
 
-        An estimate whose ratios are better than itself; 0 without a target.
+        Reading weights takes time too, most of it where they are used at few positions. An estimate whose ratios are
+        better than itself; 0 without a target.
         """
         if self._target is None:
             return 0
@@ -130,9 +140,11 @@ class Cost:
         rounded = {step: self._sizes(alive, step) for step in set(target.steps.values())}
         for node in self._nodes:
             if (kind := product_kind(node, size)) is not None:
-                total += (
-                    target.overhead + node_macs(node, rounded[target.steps[kind]]) / target.speed[kind] / self._batch
-                )
+                wide = rounded[target.steps[kind]]
+                read = sum(math.prod(wide(v) or ()) for v in node.inputs if v is not None and v.is_initializer())
+                total += target.overhead + read / target.weights
+                speed = target.speed_at(kind, product_width(node, kind, wide))
+                total += node_macs(node, wide) / speed / self._batch
             elif node.op_type not in FREE_OPS and (out := size(node.outputs[0])) is not None:
                 total += target.overhead + math.prod(out) / target.elements / self._batch
         return round(total)

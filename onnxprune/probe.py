@@ -28,6 +28,9 @@ from onnxprune.files import write_json
 CPU = "CPUExecutionProvider"
 KINDS = ("conv", "pointwise", "depthwise", "matmul")  # products, by what runs them
 LAYERS, MANY, SIDE, WIDTH = 4, 24, 28, 64  # of the models that are timed
+SPEED_WIDTHS = (8, 16, 32, 64, 128)
+FORMAT = 2  # of what is kept
+READ = 1024  # width of products at one position, whose time is that of reading their weights
 ROUNDS = 40
 STEPS = (1, 2, 4, 8, 16, 32)
 WIDTHS = (66, 71, 77, 84, 90, 97)  # odd ones, timed as they are and rounded up
@@ -39,8 +42,8 @@ class Probe:
     """A target: an execution provider with so many threads on one machine.
 
     `steps` are the multiples of widths by the kind of operator: in between, channels cost no time. `speed` is MACs per
-    nanosecond at such widths, `elements` what operators without products write per nanosecond, and `overhead` the
-    nanoseconds of an operator that has next to nothing to do.
+    nanosecond at each of `SPEED_WIDTHS`, `weights` how many numbers of weights are read per nanosecond, `elements` what
+    operators without products write per nanosecond, and `overhead` the nanoseconds of an operator with nothing to do.
     """
 
     machine: str
@@ -48,9 +51,15 @@ class Probe:
     threads: int | None
     onnxruntime: str
     steps: Mapping[str, int]
-    speed: Mapping[str, float]
+    speed: Mapping[str, Sequence[float]]
+    weights: float
     elements: float
     overhead: float
+
+    def speed_at(self, kind: str, width: float) -> float:
+        """MACs per nanosecond of a kind of operator at a width, which is the root of inputs times outputs."""
+        known = np.log(np.array(SPEED_WIDTHS))
+        return float(np.exp(np.interp(np.log(max(width, 1)), known, np.log(self.speed[kind]))))
 
     def to_json(self) -> dict[str, Any]:
         """The probe as JSON."""
@@ -73,7 +82,7 @@ def probe(provider: str = CPU, threads: int | None = None, fresh: bool = False) 
 
 def cache_file(provider: str, threads: int | None) -> Path:
     """Where the probe of a target is kept."""
-    name = f"{machine_name()}-{provider}-{threads or 'all'}-{onnxruntime.__version__}.json"
+    name = f"{machine_name()}-{provider}-{threads or 'all'}-{onnxruntime.__version__}-{FORMAT}.json"
     return Path(platformdirs.user_cache_dir("onnxprune")) / "probes" / name.replace(" ", "_").replace("/", "_")
 
 
@@ -109,16 +118,18 @@ def _measure(provider: str, threads: int | None) -> Probe:
         steps = {"conv": block, "pointwise": block, "depthwise": block, "matmul": 1}
     else:
         steps = {kind: _step(kind, provider, threads) for kind in KINDS}
-    models = {kind: _chain(kind, WIDTH) for kind in KINDS}
+    models = {f"{kind} {width}": _chain(kind, width) for kind in KINDS for width in SPEED_WIDTHS}
     models |= {"elements": _chain("elements", WIDTH), "few": _chain("elements", 1, side=1)}
+    models["weights"] = _chain("matmul", READ, side=1)
     models["many"] = _chain("elements", 1, layers=MANY, side=1)
     took = dict(zip(models, _times(list(models.values()), provider, threads), strict=True))
     overhead = max(took["many"] - took["few"], 0) / (MANY - LAYERS)
     idle = took["few"] - LAYERS * overhead  # of a run, whatever the model
     layer = {name: max((took[name] - idle) / LAYERS - overhead, 1) for name in took}
-    speed = {kind: _macs(kind, WIDTH) / layer[kind] for kind in KINDS}
+    speed = {kind: [_macs(kind, width) / layer[f"{kind} {width}"] for width in SPEED_WIDTHS] for kind in KINDS}
     elements = WIDTH * SIDE * SIDE / layer["elements"]
-    return Probe(machine_name(), provider, threads, onnxruntime.__version__, steps, speed, elements, overhead)
+    weights = READ * READ / layer["weights"]
+    return Probe(machine_name(), provider, threads, onnxruntime.__version__, steps, speed, weights, elements, overhead)
 
 
 def _step(kind: str, provider: str, threads: int | None) -> int:

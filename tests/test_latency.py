@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,11 @@ from onnxprune.units import find_units
 from tests.conftest import MODELS, call
 from tests.graphs import graph
 
-SPEED = {"conv": 10.0, "pointwise": 20.0, "depthwise": 5.0, "matmul": 40.0}
+SPEED = {
+    kind: [speed] * 5 for kind, speed in (("conv", 10.0), ("pointwise", 20.0), ("depthwise", 5.0), ("matmul", 40.0))
+}
 STEPS = {"conv": 8, "pointwise": 8, "depthwise": 8, "matmul": 1}
-TARGET = Probe("a machine", CPU, 1, "1.0", STEPS, SPEED, 2.0, 100.0)
+TARGET = Probe("a machine", CPU, 1, "1.0", STEPS, SPEED, 4.0, 2.0, 100.0)
 
 
 def test_the_block_is_what_the_runtime_pads_to() -> None:
@@ -35,7 +38,7 @@ def test_a_probe_is_kept_and_read_again(monkeypatch: pytest.MonkeyPatch, tmp_pat
     found = probe(threads=1)
     assert cache_file(CPU, 1).is_file() and probe(threads=1) == found
     assert found.steps["conv"] == block_size() and found.steps["matmul"] == 1
-    assert all(speed > 0 for speed in found.speed.values())
+    assert all(speed > 0 for speeds in found.speed.values() for speed in speeds)
     cache_file(CPU, 1).write_text("{}")
     assert probe(threads=1).steps == found.steps  # measured anew
 
@@ -47,8 +50,14 @@ def test_widths_are_rounded_to_the_block_and_narrow_ones_to_less() -> None:
         alive = survivors_by_share(units, scores, 0.5, Rounding(None, block))
         for group in units.groups:
             left, whole = int(alive[group.units].sum()) * group.repeats, len(group.units) * group.repeats
-            step = next((s for s in (block, block // 2, block // 4) if s >= 4 and whole >= 4 * s), 1)
+            step = next((s for s in (block, block // 2, block // 4) if s >= 4 and whole >= 2 * s), 1)
             assert not group.aligned or left % step == 0 or left == whole
+
+
+def test_speeds_between_the_probed_widths() -> None:
+    target = replace(TARGET, speed={**SPEED, "conv": [1.0, 2.0, 4.0, 4.0, 4.0]})
+    for width, speed in ((2, 1.0), (8, 1.0), (11.3137, 2**0.5), (16, 2.0), (100, 4.0), (999, 4.0)):
+        assert target.speed_at("conv", width) == pytest.approx(speed, rel=1e-4)
 
 
 def test_the_estimate_counts_rounded_products_and_what_else_is_written() -> None:
@@ -59,7 +68,7 @@ def test_the_estimate_counts_rounded_products_and_what_else_is_written() -> None
     for kept, counted in ((32, 32), (17, 24), (16, 16), (9, 16)):
         alive = np.ones(units.count, bool)
         alive[group.units[kept:]] = False
-        expected = 300 + 16 * 27 * counted / 10 + 16 * kept / 2 + 16 * 5 * counted / 20
+        expected = 300 + 16 * 27 * counted / 10 + 16 * kept / 2 + 16 * 5 * counted / 20 + (27 + 5) * counted / 4
         assert Cost(units, TARGET).nanoseconds(alive) == pytest.approx(expected, abs=1)
     assert Cost(units).nanoseconds(np.ones(units.count, bool)) == 0
 

@@ -17,17 +17,20 @@ from typing import Any
 import numpy as np
 import torch
 
-LIBRARY = torch.library.Library("torchvision", "DEF")  # a build of torchvision without its operators will do
-OPERATORS = """roi_align _roi_align_backward roi_pool _roi_pool_backward ps_roi_align _ps_roi_align_backward ps_roi_pool
-_ps_roi_pool_backward deform_conv2d _deform_conv2d_backward"""
-for schema in ("nms(Tensor a, Tensor b, float c) -> Tensor", "qnms(Tensor a, Tensor b, float c) -> Tensor"):
-    LIBRARY.define(schema)
-for name in OPERATORS.split():
-    LIBRARY.define(f"{name}(Tensor a) -> Tensor")
+try:
+    import torchvision  # noqa: F401
+except Exception:  # a build without its operators will do, once they have a name
+    LIBRARY = torch.library.Library("torchvision", "DEF")
+    OPERATORS = """roi_align _roi_align_backward roi_pool _roi_pool_backward ps_roi_align _ps_roi_align_backward
+    ps_roi_pool _ps_roi_pool_backward deform_conv2d _deform_conv2d_backward"""
+    for schema in ("nms(Tensor a, Tensor b, float c) -> Tensor", "qnms(Tensor a, Tensor b, float c) -> Tensor"):
+        LIBRARY.define(schema)
+    for name in OPERATORS.split():
+        LIBRARY.define(f"{name}(Tensor a) -> Tensor")
 
-import onnx  # noqa: E402
-import onnx2torch  # noqa: E402
-import torch_pruning as tp  # noqa: E402
+import onnx
+import onnx2torch
+import torch_pruning as tp
 
 STEPS = 10  # of the bisection on the ratio
 

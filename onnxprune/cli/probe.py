@@ -8,7 +8,7 @@ from rich.table import Table
 from onnxprune.bench import find_providers
 from onnxprune.cli.options import with_json
 from onnxprune.cli.output import print_json, say, show
-from onnxprune.probe import cache_file, probe
+from onnxprune.probe import SPEED_WIDTHS, cache_file, probe
 
 
 @click.command("probe", short_help="Measure what widths cost on this machine.")
@@ -24,11 +24,14 @@ def probe_command(ep: str, threads: int | None, fresh: bool, as_json: bool) -> i
         print_json(found.to_json())
         return 0
     table = Table(title=f"{found.machine}, {provider}, onnxruntime {found.onnxruntime}")
-    for name in ("operators", "widths in steps of", "MACs a nanosecond"):
+    for name in ("operators", "widths in steps of", *(f"MACs a ns at {width}" for width in SPEED_WIDTHS)):
         table.add_column(name, justify="left" if name == "operators" else "right")
     for kind, step in found.steps.items():
-        table.add_row(kind, str(step), f"{found.speed[kind]:.1f}")
+        table.add_row(kind, str(step), *(f"{speed:.1f}" for speed in found.speed[kind]))
     show(table)
-    say(f"others write {found.elements:.1f} numbers a nanosecond; an operator takes {found.overhead:.0f} ns or more")
+    say(
+        f"weights are read at {found.weights:.1f} numbers a nanosecond, others write {found.elements:.1f}; an operator "
+        f"takes {found.overhead:.0f} ns or more"
+    )
     say(f"kept in {cache_file(provider, threads)}")
     return 0
