@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -261,19 +261,35 @@ def test_an_output_folder_without_permission(tmp_path: Path) -> None:
     assert result.status == 2 and "permission" in result.err
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+def on_a_full_disk(limit: int, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     """A limit on the size of files stands in for the disk: writes fail with an OSError as they do on a full one."""
-    command = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000)); import signal;"
+    command = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); import signal;"
     command += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from onnxprune.cli import main; main()"
     done = subprocess.run(
-        ["python", "-c", command, "prune", str(MODELS / "digits_mlp.onnx"), "-o", "out.onnx", "--ratio", "0.1"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "PATH": f"{Path(os.sys.executable).parent}:{os.environ['PATH']}"},  # type: ignore[attr-defined]
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "can't write" in done.stderr and "Traceback" not in done.stderr
+        [sys.executable, "-c", command, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    model = MODELS / "digits_mlp.onnx"
+    done = on_a_full_disk(50_000, "prune", model, "-o", "out.onnx", "--ratio", "0.1", cwd=tmp_path)
+    assert done.returncode == 2 and "can't write" in done.stderr
     assert list(tmp_path.iterdir()) == []
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 50000
+
+
+@needs_training
+@pytest.mark.parametrize(("model", "limit"), [("digits_gru", 200_000), ("digits_resnet", 700_000)])
+def test_a_disk_that_is_full_in_training_ends_the_run_with_the_reason(model: str, limit: int, tmp_path: Path) -> None:
+    """In the first case the data doesn't fit, in the second the worker's checkpoint."""
+    data = np.load(MODELS / "digits.npz")
+    few = slice(0, None if model == "digits_gru" else 300)
+    np.savez(tmp_path / "data.npz", **{name: data[name][few] for name in data.files})
+    words = ["-o", "out.onnx", "--data", "data.npz", "--target-macs", 0.5, "--epochs", 2]
+    done = on_a_full_disk(limit, "run", MODELS / f"{model}.onnx", *words, cwd=tmp_path)
+    assert done.returncode == 6 and "training failed (disk)" in done.stderr, done.stderr
+    assert not (tmp_path / "out.onnx").exists()
 
 
 def test_a_target_that_cannot_be_met_still_writes_the_best_accepted_model(tmp_path: Path) -> None:

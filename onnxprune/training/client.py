@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxprune.data import CHUNK, Dataset, chunks, fixed_batch, model_inputs
+from onnxprune.data import Dataset, chunks, fixed_batch, model_inputs
 from onnxprune.errors import TrainingError
 from onnxprune.evaluate import predict
 from onnxprune.files import write_json
@@ -104,7 +104,10 @@ def fine_tune(
 
     runtime = prepare_trainer(options.trainer, note)
     if not (folder / "job.json").exists():
-        _prepare(model, teacher, data, folder, options, augmentation or {}, fading, note)
+        try:
+            _prepare(model, teacher, data, folder, options, augmentation or {}, fading, note)
+        except OSError as error:
+            raise TrainingError(f"training failed (disk): {error.strerror}: {folder}; free some space") from error
     for name, array in _work(folder, runtime, options, progress).items():
         model.graph.initializers[name].const_value = ir.tensor(array, name=name)
     if uses_batch_statistics(model, json.loads((folder / "job.json").read_text())["shard"]):
@@ -251,11 +254,13 @@ def _write_job(folder: Path, options: TrainingOptions, given: dict[str, Any]) ->
 
 
 def _array_file(folder: Path, name: str, array: np.ndarray[Any, Any]) -> Path:
+    """Written row by row: a full disk is then an error, where writing to a mapped file would kill the process."""
     path = (folder / f"{name}.npy").resolve()
-    whole = np.lib.format.open_memmap(path, "w+", array.dtype, array.shape)
-    for start, rows in zip(range(0, len(array), CHUNK), chunks(array), strict=True):
-        whole[start : start + CHUNK] = rows
-    whole.flush()
+    header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_2_0(file, header)
+        for rows in chunks(array):
+            file.write(np.ascontiguousarray(rows).data)
     return path
 
 

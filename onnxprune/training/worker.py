@@ -183,7 +183,7 @@ class Trainer:
         self.average = {name: array.copy() for name, array in self.weights.items()} if self.job["ema"] else {}
         self.best, self.lowest, self.epochs_since, self.spent = dict[str, Array](), math.inf, 0, 0.0
         self.rollbacks = 0
-        self.pool = ThreadPoolExecutor(self.job["threads"])
+        self.pool, self.reader = ThreadPoolExecutor(self.job["threads"]), ThreadPoolExecutor(1)
         self.parent = os.getppid()
 
     @staticmethod
@@ -203,16 +203,22 @@ class Trainer:
         total, start = per_epoch * self.job["epochs"], self._restore()
         began = saved = time.monotonic()
         before, safe, progress = self.spent, self._state(), 0.0
-        for step in range(start, total):
+
+        def prepared(step: int) -> dict[str, Array]:
             epoch, index = divmod(step, per_epoch)
             shuffled = np.random.default_rng([self.job["seed"], epoch]).permutation(samples)
             chosen = np.sort(shuffled[index * size : (index + 1) * size])
+            return self._batch(chosen, np.random.default_rng([self.job["seed"], epoch, index]))
+
+        waiting = self.reader.submit(prepared, start)
+        for step in range(start, total):
+            epoch, index = divmod(step, per_epoch)
             self.spent = before + time.monotonic() - began
             progress = max(step / total, self.spent / self.job["seconds"] if self.job["seconds"] else 0.0)
             if progress >= 1 or (self.job["stop_after"] and self.epochs_since >= self.job["stop_after"]):
                 break
-            random = np.random.default_rng([self.job["seed"], epoch, index])
-            loss, accuracy = self._step(self._batch(chosen, random), len(chosen), progress, step)
+            feeds, waiting = waiting.result(), self.reader.submit(prepared, min(step + 1, total - 1))
+            loss, accuracy = self._step(feeds, size, progress, step)
             if not math.isfinite(loss):
                 self._roll_back(safe, step)
             if os.getppid() != self.parent:
