@@ -139,6 +139,19 @@ ROWS: dict[str, tuple[str, int]] = {
     "einsum, summed alone": (
         '(float[N,3,6] x, float[6,4] w) => (float[4,N] y) { y = Einsum<equation="nsc,cd->dn">(x, w) }', 21,
     ),
+    **{
+        f"depthwise, {name}": (
+            "(float[3,8,5,4] x, float[8,1,3,2] w, float[8] b) => (float[3,8,H,W] y) "
+            f"{{ y = Conv<group=8{attributes}>(x, w, b) }}", 21,
+        )
+        for name, attributes in (
+            ("plain", ""),
+            ("padded", ", pads=[1, 0, 2, 1]"),
+            ("strides and dilations", ", strides=[2, 1], dilations=[1, 2], pads=[1, 1, 1, 1]"),
+            ("same, upper", ', auto_pad="SAME_UPPER", strides=[2, 2]'),
+            ("same, lower", ', auto_pad="SAME_LOWER"'),
+        )
+    },
     "instance norm": (on_map("p = InstanceNormalization<epsilon=0.01>(h, s, b)"), 21),
     "group norm": (on_map("p = GroupNormalization<num_groups=2>(h, s, b)"), 21),
     "layer norm without bias": (on_row("p = LayerNormalization(h, s)"), 21),
