@@ -7,8 +7,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,11 +20,25 @@ from numpy.typing import NDArray
 from onnxprune.data import random_inputs
 from onnxprune.errors import UsageError
 from onnxprune.evaluate import Batch, run_session, session_options
-from onnxprune.interleave import WARM_UP, interleave
+from onnxprune.interleave import LEVELS, WARM_UP, interleave, open_as
 from onnxprune.model import external_files, open_model, open_session
 
 RESAMPLES = 2000
 BLOCKS = 20
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How onnxruntime runs the models.
+
+    `optimization` of graphs is none, basic, extended or all; `provider_options` are the execution provider's own. When
+    `bound`, inputs and outputs stay on its device (I/O binding), and their transport isn't timed.
+    """
+
+    threads: int | None = None
+    optimization: str = "all"
+    provider_options: Mapping[str, str] = field(default_factory=dict)
+    bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,19 +111,22 @@ def bench_models(
     seconds: float = 5.0,
     seed: int = 0,
     precision: float | None = None,
+    runtime: Runtime | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> list[BenchResult]:
     """Times models on random inputs of the first one's shapes, and compares each with the first.
 
-    With a `precision` it ends before its `seconds` are spent when all intervals are narrower than that share.
-    Runs take turns, so that whatever else the machine does hits all of them; the order turns too. Raises `UsageError`
-    for an absent execution provider and `ModelError` for a model that can't be run.
+    `shapes` are those of inputs that leave a choice; `runtime` stands for `threads` and more. With a `precision` it
+    ends before its `seconds` are spent when all intervals are narrower than that share. Runs take turns, so that
+    whatever else the machine does hits all of them; the order turns too. Raises `UsageError` for an absent execution
+    provider and `ModelError` for a model that can't be run.
     """
     full = find_providers(providers)
-    inputs = random_inputs(open_model(paths[0]), seed, batch)
+    inputs, runtime = random_inputs(open_model(paths[0]), seed, batch, shapes=shapes), runtime or Runtime(threads)
     results = []
     for provider in full:
-        rows, starts = _interleave(paths, provider, inputs, threads, seconds, precision)
-        memory = [added_memory(path, provider, threads, batch, seed) for path in paths]
+        rows, starts = _interleave(paths, provider, inputs, runtime, seconds, precision)
+        memory = [added_memory(path, provider, runtime.threads, batch, seed) for path in paths]
         results += results_of(paths, provider, rows, starts, memory)
     return results
 
@@ -142,7 +159,7 @@ def time_models(
 ) -> list[Comparison]:
     """How many times as fast as the first each model is, at batch size 1 where there is a choice."""
     inputs = random_inputs(open_model(paths[0]), seed, 1)
-    times, _ = _interleave(paths, find_providers([provider])[0], inputs, threads, seconds)
+    times, _ = _interleave(paths, find_providers([provider])[0], inputs, Runtime(threads), seconds)
     return [compare(times[0], row) for row in times]
 
 
@@ -150,18 +167,24 @@ def _interleave(
     paths: Sequence[Path],
     provider: str,
     inputs: Batch,
-    threads: int | None,
+    runtime: Runtime,
     seconds: float,
     precision: float | None = None,
 ) -> tuple[NDArray[np.float64], list[tuple[float, float]]]:
     """Seconds of every run, shape (models, runs); and for each model those of loading it and of its first run."""
     for path in paths:  # once, for an error that says what is wrong
-        run_session(open_session(str(path), session_options(threads), [provider]), inputs)
-    openers = [partial(open_session, str(path), session_options(threads), [provider]) for path in paths]
+        run_session(open_session(str(path), _options(runtime), [(provider, dict(runtime.provider_options))]), inputs)
+    openers = [partial(open_as, onnxruntime, str(path), provider, asdict(runtime)) for path in paths]
     rows, starts = interleave(
         openers, dict(inputs), seconds, lambda rows: precision is not None and _width(rows) <= precision
     )
     return np.array(rows), starts
+
+
+def _options(runtime: Runtime) -> onnxruntime.SessionOptions:
+    options = session_options(runtime.threads)
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[runtime.optimization])
+    return options
 
 
 def _width(rows: list[list[float]]) -> float:
@@ -172,23 +195,29 @@ def _width(rows: list[list[float]]) -> float:
 
 
 def _node_events(
-    path: Path, provider: str, threads: int | None, batch: int, runs: int, seed: int
+    path: Path, provider: str, runtime: Runtime, batch: int, runs: int, shapes: Mapping[str, Sequence[int]] | None
 ) -> list[dict[str, Any]]:
     """What the runtime's profile says of every node of every run, warm-up included."""
-    inputs = random_inputs(open_model(path), seed, batch)
+    inputs = random_inputs(open_model(path), 0, batch, shapes=shapes)
     with tempfile.TemporaryDirectory() as folder:
-        options = session_options(threads)
+        options = _options(runtime)
         options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
-        session = open_session(str(path), options, [provider])
+        session = open_session(str(path), options, [(provider, dict(runtime.provider_options))])
         for _ in range(WARM_UP + runs):
             run_session(session, inputs)
         events = json.loads(Path(cast(Any, session).end_profiling()).read_text())
     return [event for event in events if event.get("cat") == "Node" and event["name"].endswith("kernel_time")]
 
 
-def fallen_back(path: Path, provider: str, threads: int | None = None, batch: int = 1) -> tuple[int, int]:
+def fallen_back(
+    path: Path,
+    provider: str,
+    runtime: Runtime | None = None,
+    batch: int = 1,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> tuple[int, int]:
     """How many nodes ran on the CPU though another execution provider was asked for, and how many there are."""
-    nodes = _node_events(path, find_providers([provider])[0], threads, batch, 0, 0)
+    nodes = _node_events(path, find_providers([provider])[0], runtime or Runtime(), batch, 0, shapes)
     on_cpu = sum(event["args"].get("provider") == "CPUExecutionProvider" for event in nodes)
     return on_cpu // WARM_UP, len(nodes) // WARM_UP
 
@@ -204,13 +233,18 @@ class OperatorTime:
 
 
 def profile_model(
-    path: Path, provider: str = "cpu", threads: int | None = None, batch: int = 1, runs: int = 20, seed: int = 0
+    path: Path,
+    provider: str = "cpu",
+    runtime: Runtime | None = None,
+    batch: int = 1,
+    runs: int = 20,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> list[OperatorTime]:
     """Time by operator, the longest first. Operators named Nchwc are on the blocked path; Reorder is the way there.
 
     Raises as `bench_models` does.
     """
-    nodes = _node_events(path, find_providers([provider])[0], threads, batch, runs, seed)
+    nodes = _node_events(path, find_providers([provider])[0], runtime or Runtime(), batch, runs, shapes)
     spent, names = Counter[str](), dict[str, set[str]]()
     each_run = len(nodes) // (WARM_UP + runs)
     for event in nodes[WARM_UP * each_run :]:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxprune.errors import DataError, ModelError
+from onnxprune.errors import DataError, ModelError, UsageError
 from onnxprune.shapes import dynamic_sizes, input_shape
 
 Array = NDArray[Any]
@@ -214,21 +214,37 @@ def batches(data: Dataset, size: int) -> Iterator[dict[str, Array]]:
         yield {name: array[start : start + size] for name, array in data.inputs.items()}
 
 
-def random_inputs(model: ir.Model, seed: int, batch: int | None = 2, walk: int = 0) -> dict[str, Array]:
+def random_inputs(
+    model: ir.Model,
+    seed: int,
+    batch: int | None = 2,
+    walk: int = 0,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Array]:
     """Signed random inputs for a model: normal for floats, small non-negative integers for the rest.
 
-    A dynamic first axis has `batch` samples, other dynamic axes (without `batch` all) the sizes of a shape walk.
-    Raises `ModelError` for an input that isn't a tensor with a known rank.
+    A dynamic first axis has `batch` samples, other dynamic axes (without `batch` all) the sizes of a shape walk; inputs
+    in `shapes` have theirs. Raises `ModelError` for an input that isn't a tensor with a known rank, and `UsageError`
+    for a shape that doesn't fit.
     """
     rng = np.random.default_rng(seed)
     sizes = dynamic_sizes(model, walk)
     inputs: dict[str, Array] = {}
+    if unknown := sorted({*(shapes or {})} - {value.name for value in model_inputs(model)}):
+        raise UsageError(f"no input is called {unknown[0]!r}; the model has {[v.name for v in model_inputs(model)]}")
     for value in model_inputs(model):
         if value.dtype is None or value.shape is None or not isinstance(value.type, ir.TensorType):
             raise ModelError(f"input {value.name!r} isn't a tensor of known rank; export the model with input shapes")
         shape = list(input_shape(value, sizes))
         if batch is not None and shape and not isinstance(value.shape[0], int):
             shape[0] = batch
+        if (given := (shapes or {}).get(value.name or "")) is not None:
+            wanted = list(value.shape)
+            if len(given) != len(wanted) or any(
+                isinstance(w, int) and w != g for w, g in zip(wanted, given, strict=True)
+            ):
+                raise UsageError(f"input {value.name!r} takes {list(map(str, wanted))}, not {list(given)}")
+            shape = list(given)
         dtype = value.dtype.numpy()
         if value.dtype.is_floating_point():
             inputs[value.name or ""] = rng.standard_normal(shape).astype(dtype)

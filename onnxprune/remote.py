@@ -6,14 +6,15 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from onnxprune import interleave
-from onnxprune.bench import BenchResult, results_of
+from onnxprune.bench import BenchResult, Runtime, results_of
 from onnxprune.data import random_inputs
 from onnxprune.errors import UsageError
 from onnxprune.files import write_json
@@ -24,7 +25,13 @@ PATIENCE = 120  # seconds beyond those of the runs that a device may take
 
 
 def write_bundle(
-    paths: Sequence[Path], folder: Path, providers: Sequence[str], threads: int | None, batch: int, seconds: float
+    paths: Sequence[Path],
+    folder: Path,
+    providers: Sequence[str],
+    runtime: Runtime,
+    batch: int,
+    seconds: float,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """A folder that any machine with Python, numpy and onnxruntime can run: `python3 FOLDER/bench_here.py`.
 
@@ -39,8 +46,8 @@ def write_bundle(
     models = [open_model(path) for path in paths]
     for model, name in zip(models, names, strict=True):
         save_model(model, folder / name)
-    np.savez(folder / "inputs.npz", **random_inputs(models[0], 0, batch))  # type: ignore[arg-type]
-    settings = {"models": names, "providers": list(providers), "threads": threads, "seconds": seconds}
+    np.savez(folder / "inputs.npz", **random_inputs(models[0], 0, batch, shapes=shapes))  # type: ignore[arg-type]
+    settings = {"models": names, "providers": list(providers), "seconds": seconds, **asdict(runtime)}
     write_json(folder / "settings.json", settings)
 
 
@@ -58,10 +65,11 @@ def bench_by_ssh(
     host: str,
     paths: Sequence[Path],
     providers: Sequence[str] = ("cpu",),
-    threads: int | None = None,
+    runtime: Runtime | None = None,
     batch: int = 1,
     seconds: float = 5.0,
     python: str = "python3",
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[list[BenchResult], str]:
     """The figures of `bench_models` on another machine, and what machine that is. `host` is [user@]host[:port].
 
@@ -73,7 +81,7 @@ def bench_by_ssh(
     full = [full_name(provider) for provider in providers]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "bundle"
-        write_bundle(paths, folder, full, threads, batch, seconds)
+        write_bundle(paths, folder, full, runtime or Runtime(), batch, seconds, shapes)
         archive = shutil.make_archive(str(Path(scratch) / "bundle"), "tar", folder)
         command = (
             f"d=$(mktemp -d) && trap 'rm -rf \"$d\"' EXIT && tar -xf - -C \"$d\" && {python} \"$d/{SCRIPT}\""

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxprune.bench import bench_models, compare, find_providers
+from onnxprune.bench import Runtime, bench_models, compare, find_providers, profile_model
 from onnxprune.data import Dataset
 from onnxprune.errors import DataError, UsageError
 from onnxprune.evaluate import find_metric
@@ -69,6 +69,19 @@ def test_equal_models_are_mostly_not_told_apart() -> None:
         drift = 1 + 0.2 * np.sin(np.arange(200) / 20)
         verdicts.append(compare(drift + 0.1 * rng.random(200), drift + 0.1 * rng.random(200), seed).differs)
     assert np.mean(verdicts) <= 0.12
+
+
+@pytest.mark.parametrize("runtime", [Runtime(1, "none"), Runtime(1, "basic", {}, bound=True)])
+def test_bench_runs_models_as_it_is_told(runtime: Runtime) -> None:
+    paths = [MODELS / "digits_mlp.onnx", MODELS / "digits_resnet.onnx"]
+    results = bench_models(paths, seconds=0.2, runtime=runtime, shapes={"input": [3, 1, 8, 8]})
+    assert all(result.latency.runs >= 20 and result.first_ms > 0 for result in results)
+    operators = {row.operator for row in profile_model(paths[1], runtime=runtime)}
+    assert "Nchwc Conv" not in operators and ("BatchNormalization" in operators) == (runtime.optimization == "none")
+    with pytest.raises(UsageError, match="input 'input' takes"):
+        bench_models(paths, seconds=0.2, shapes={"input": [3, 1, 8, 9]})
+    with pytest.raises(UsageError, match="no input is called 'x'"):
+        bench_models(paths, seconds=0.2, shapes={"x": [3]})
 
 
 def test_bench_measures_every_model_on_every_provider() -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 from rich.table import Table
 
-from onnxprune.bench import BenchResult, OperatorTime, bench_models, fallen_back, find_providers, profile_model
-from onnxprune.cli.options import with_json
+from onnxprune.bench import (
+    BenchResult,
+    OperatorTime,
+    Runtime,
+    bench_models,
+    fallen_back,
+    find_providers,
+    profile_model,
+)
+from onnxprune.cli.options import PairType, ShapeType, with_json
 from onnxprune.cli.output import print_json, say, show
 from onnxprune.errors import UsageError
+from onnxprune.interleave import LEVELS
 from onnxprune.probe import CPU
 from onnxprune.remote import SCRIPT, bench_by_ssh, full_name, write_bundle
 
@@ -33,6 +42,21 @@ from onnxprune.remote import SCRIPT, bench_by_ssh, full_name, write_bundle
     metavar="F",
     help="End when the ratio is known so well: 0.02.",
 )
+@click.option(
+    "--shape", "shapes", multiple=True, type=ShapeType(), metavar="INPUT=N,N…", help="Of an input; repeatable."
+)
+@click.option(
+    "--optimization", type=click.Choice(list(LEVELS)), default="all", help="What onnxruntime may do to the graphs."
+)
+@click.option(
+    "--provider-option",
+    "provider_options",
+    multiple=True,
+    type=PairType(),
+    metavar="KEY=VALUE",
+    help="Of the execution provider; repeatable.",
+)
+@click.option("--io-binding", "bound", is_flag=True, help="Inputs and outputs stay on the device; only runs are timed.")
 @click.option("--profile", is_flag=True, help="Also show how long which operators take, on the first provider.")
 @click.option(
     "--target",
@@ -48,6 +72,10 @@ def bench_command(
     batch: int,
     seconds: float,
     precision: float | None,
+    shapes: tuple[tuple[str, tuple[int, ...]], ...],
+    optimization: str,
+    provider_options: tuple[tuple[str, str], ...],
+    bound: bool,
     profile: bool,
     target: str | None,
     python: str,
@@ -59,17 +87,18 @@ def bench_command(
         raise UsageError(f"--target {target}: give ssh:HOST or script:FOLDER")
     if target is not None and (precision or profile):
         raise UsageError("--precision and --profile are for this machine, not for a --target")
+    runtime, sizes = Runtime(threads, optimization, dict(provider_options), bound), dict(shapes)
     if kind == "script":
-        write_bundle(models, Path(place), [full_name(each) for each in ep], threads, batch, seconds)
+        write_bundle(models, Path(place), [full_name(each) for each in ep], runtime, batch, seconds, sizes)
         say(f"written: {place}; on the device, with numpy and onnxruntime: python3 {Path(place).name}/{SCRIPT}")
         return 0
     if kind == "ssh":
-        results, machine = bench_by_ssh(place, models, ep, threads, batch, seconds, python)
+        results, machine = bench_by_ssh(place, models, ep, runtime, batch, seconds, python, sizes)
         say(f"on {place}: {machine}")
     else:
-        results = bench_models(models, ep, threads, batch, seconds, precision=precision)
-        _say_fallbacks(models, ep, threads, batch)
-    profiles = {str(model): profile_model(model, ep[0], threads, batch) for model in models if profile}
+        results = bench_models(models, ep, None, batch, seconds, precision=precision, runtime=runtime, shapes=sizes)
+        _say_fallbacks(models, ep, runtime, batch, sizes)
+    profiles = {str(model): profile_model(model, ep[0], runtime, batch, shapes=sizes) for model in models if profile}
     if as_json:
         operators = {name: [asdict(row) for row in rows] for name, rows in profiles.items()}
         print_json({"results": [result.to_json() for result in results], "profiles": operators})
@@ -80,11 +109,13 @@ def bench_command(
     return 0
 
 
-def _say_fallbacks(models: Sequence[Path], providers: Sequence[str], threads: int | None, batch: int) -> None:
+def _say_fallbacks(
+    models: Sequence[Path], providers: Sequence[str], runtime: Runtime, batch: int, sizes: Mapping[str, Sequence[int]]
+) -> None:
     """How many nodes an execution provider left to the CPU."""
     for provider in (each for each in providers if find_providers([each])[0] != CPU):
         for model in models:
-            on_cpu, nodes = fallen_back(model, provider, threads, batch)
+            on_cpu, nodes = fallen_back(model, provider, runtime, batch, sizes)
             where = f"{on_cpu} of {nodes} nodes ran on the CPU instead of" if on_cpu else "all on"
             say(f"{model}: {where} {provider}")
 

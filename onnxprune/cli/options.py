@@ -46,6 +46,35 @@ class Layers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         self.fail(f"{value!r} is neither a positive number nor 'auto'", param, ctx)
 
 
+class PairType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """KEY=VALUE."""
+
+    name = "pair"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        """The key and the value."""
+        key, equals, text = str(value).rpartition("=")
+        if not key or not equals:
+            self.fail(f"{value!r} isn't KEY=VALUE", param, ctx)
+        return key, self.value_of(text, param, ctx)
+
+    def value_of(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """What stands behind the sign."""
+        return text
+
+
+class ShapeType(PairType):
+    """INPUT=N,N…"""
+
+    name = "shape"
+
+    def value_of(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The sizes."""
+        if not all(part.isdigit() and int(part) for part in text.split(",")):
+            self.fail(f"{text!r} isn't a shape such as 1,3,224,224", param, ctx)
+        return tuple(int(part) for part in text.split(","))
+
+
 class KeepType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """PATTERN=LEAST or PATTERN=LEAST:MOST."""
 
