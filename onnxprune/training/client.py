@@ -176,7 +176,8 @@ def _prepare(
     loss = plan_loss(model, data, options.loss)
     if loss.share > 0 and options.loss.features > 0:
         loss = replace(loss, features=whole_features(model, teacher, loss), weight=options.loss.features)
-    shard, batch, held = _portions(len(data), options.batch, fixed_batch(model))
+    most_held = 0 if augmentation.get("task") == "gradients" else HELD_OUT
+    shard, batch, held = _portions(len(data), options.batch, fixed_batch(model), most_held)
     arrays = {**data.inputs, **loss.targets(data)}
     sizes = {name: (shard, *array.shape[1:]) for name, array in arrays.items()}
     graph, names, frozen = training_graph(model, loss, sizes, options.freeze, choose_trainer(options.trainer))
@@ -215,9 +216,9 @@ def _save_graph(graph: ir.Model, names: list[str], folder: Path, trainer: Traine
     return {"heads": heads, "gradients": gradients}
 
 
-def _portions(samples: int, batch: int, fixed: int | None) -> tuple[int, int, int]:
+def _portions(samples: int, batch: int, fixed: int | None, most_held: int) -> tuple[int, int, int]:
     """Samples a thread works on at a time, of a step, and held out: each a whole multiple of the one before."""
-    held = min(HELD_OUT, samples // 10)
+    held = min(most_held, samples // 10)
     if fixed is not None:
         batch = -(-batch // fixed) * fixed
         batch = max(min(batch, (samples - held) // fixed * fixed), fixed)
