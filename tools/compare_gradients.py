@@ -3,8 +3,8 @@
     python tools/compare_gradients.py MODEL=CLASSES … --peer-python PYTHON [-o FILE]
 
 PYTHON is an interpreter with torch and onnx2torch. Parameters are matched by their values. For each trainer it writes
-the largest difference of a parameter's gradient, relative to the norm of PyTorch's (or to a ten-thousandth of that of all
-parameters, if that is more: some gradients are 0 but for rounding), as JSON and as a table.
+the largest difference of a parameter's gradient, relative to the norm of PyTorch's, as JSON and as a table (or relative
+to a ten-thousandth of the norm of all gradients, if that is more: some are 0 but for rounding).
 """
 
 from __future__ import annotations

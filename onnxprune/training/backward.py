@@ -215,6 +215,21 @@ def _norm(ctx: Any, node: onnx.NodeProto, g: str) -> list[str | None]:
     return [ctx.b.mul(g, ctx.b.div(x, node.output[0])), *[None] * (len(node.input) - 1)]
 
 
+@rule("Gather")
+def _gather(ctx: Any, node: onnx.NodeProto, g: str) -> list[str | None]:
+    """Added up at the places that were read; onnxsim's rule knows vectors of indices only."""
+    shape, rank = ctx.shape(node.input[0]), len(ctx.shape(node.input[1]))
+    axis = _attribute(node, "axis", 0) % len(shape)
+    others = [size for index, size in enumerate(shape) if index != axis]
+    front = [*range(axis, axis + rank), *range(axis), *range(axis + rank, len(shape) - 1 + rank)]
+    zeros = ctx.b.op("ConstantOfShape", [ctx.int64_const([shape[axis], *others])])
+    places = ctx.b.op("Unsqueeze", [node.input[1], ctx.int64_const([-1])])
+    places = ctx.b.op("Cast", [places], to=TensorProto.INT64)
+    total = ctx.b.op("ScatterND", [zeros, places, ctx.b.op("Transpose", [g], perm=front)], reduction="add")
+    back = [*range(1, axis + 1), 0, *range(axis + 1, len(shape))]
+    return [ctx.b.op("Transpose", [total], perm=back), None]
+
+
 @rule("Trilu")
 def _triangle(ctx: Any, node: onnx.NodeProto, g: str) -> list[str | None]:
     inputs = [g, *node.input[1:]]

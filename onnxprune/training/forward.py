@@ -13,6 +13,7 @@ from onnx_ir.passes import common
 
 from onnxprune.data import Dataset, fixed_batch, random_inputs
 from onnxprune.errors import TrainingError
+from onnxprune.labels.flow import operator_name
 from onnxprune.model import constant
 from onnxprune.training.backward import differentiable
 from onnxprune.training.loss_graph import add_loss, add_own_loss
@@ -106,7 +107,7 @@ def trainable(model: ir.Model, freeze: Sequence[str] = ()) -> list[str]:
         for index, value in enumerate(node.inputs):
             if value is None or not value.is_initializer() or value.dtype != ir.DataType.FLOAT:
                 continue
-            if index in PARAMETERS.get(node.op_type, ()) or _is_bias(node, value):
+            if index in PARAMETERS.get(operator_name(node), ()) or _is_bias(node, value):
                 found[value.name or ""] = None
     return [name for name in found if not any(fnmatchcase(name, pattern) for pattern in freeze)]
 
@@ -128,6 +129,16 @@ PARAMETERS = {
     "GRU": (1, 2, 3),
     "LSTM": (1, 2, 3),
     "Gather": (0,),
+    "com.microsoft::FusedConv": (1, 2),
+    "com.microsoft::FusedGemm": (1, 2),
+    "com.microsoft::FusedMatMul": (0, 1),
+    "com.microsoft::BiasGelu": (1,),
+    "com.microsoft::FastGelu": (1,),
+    "com.microsoft::SkipLayerNormalization": (2, 3, 4),
+    "com.microsoft::SkipSimplifiedLayerNormalization": (2, 3),
+    "com.microsoft::EmbedLayerNormalization": (2, 3, 4, 5, 6),
+    "com.microsoft::Attention": (1, 2),
+    "com.microsoft::MultiHeadAttention": (3,),
 }
 
 

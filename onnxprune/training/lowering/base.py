@@ -54,10 +54,12 @@ def lower(
     lowerer, blocked = Lowerer(graph, shapes, batch_statistics, gradients is not None), dict[ir.Node, str]()
     for node in list(graph.graph):
         row = LOWERINGS.get(node.op_type) if node.domain == "" else None
+        if not _floats(node, shapes):
+            continue
         try:
             if row is not None:
                 row(lowerer, node)
-            elif node.op_type not in FLAT and node.op_type not in (gradients or GRADIENTS) and _floats(node, shapes):
+            elif node.op_type not in FLAT and node.op_type not in (gradients or GRADIENTS):
                 blocked[node] = f"node {node.name!r}: {node.op_type} has no gradient"
         except TrainingError as error:
             blocked[node] = str(error)
@@ -86,23 +88,13 @@ def behind(nodes: Mapping[ir.Node, str], names: Collection[str]) -> dict[str, st
     return found
 
 
-class Lowerer:
+class Builder:
     """Builds nodes in front of the one that they replace."""
 
-    def __init__(self, model: ir.Model, shapes: Shapes, batch_statistics: bool, plain: bool) -> None:
-        self.model, self.shapes = model, shapes
-        self.batch_statistics, self.plain = batch_statistics, plain
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
         self.opset = model.opset_imports.get("", 0)
         self.count = 0
-
-    def sizes(self, node: ir.Node, value: ir.Value | None) -> list[int]:
-        """The shape of a value. Raises `TrainingError` when it isn't known."""
-        shape = self.shapes(value) if value is not None else None
-        if shape is None and value is not None and value.shape is not None and value.shape.is_static():
-            shape = value.shape.numpy()  # of the loss, which was added since
-        if shape is None or any(size is None for size in shape):
-            raise self.refusal(node, "the shape of what it reads isn't known")
-        return [size or 0 for size in shape]
 
     def refusal(self, node: ir.Node, reason: str) -> TrainingError:
         """An error that names a node which can't be fine-tuned."""
@@ -149,6 +141,32 @@ class Lowerer:
         """The sum over axes, which stay, with size 1."""
         return self.add(before, "ReduceSum", [value, self.integers(before, *axes)], keepdims=1)
 
+    def replace(self, node: ir.Node, op: str, inputs: list[ir.Value], **attributes: Attribute) -> None:
+        """Puts a new node in the place of `node`."""
+        replace_node(self.model, node, ir.node(op, inputs, attributes, name=f"{node.name}.lowered"))
+
+    def replace_by(self, node: ir.Node, value: ir.Value) -> None:
+        """Puts a value that was added in the place of what `node` gives out."""
+        self.replace(node, "Identity", [value])
+
+
+class Lowerer(Builder):
+    """A builder that knows the shapes of all values, and how the gradient will be made."""
+
+    def __init__(self, model: ir.Model, shapes: Shapes, batch_statistics: bool, plain: bool) -> None:
+        super().__init__(model)
+        self.shapes = shapes
+        self.batch_statistics, self.plain = batch_statistics, plain
+
+    def sizes(self, node: ir.Node, value: ir.Value | None) -> list[int]:
+        """The shape of a value. Raises `TrainingError` when it isn't known."""
+        shape = self.shapes(value) if value is not None else None
+        if shape is None and value is not None and value.shape is not None and value.shape.is_static():
+            shape = value.shape.numpy()  # of the loss, which was added since
+        if shape is None or any(size is None for size in shape):
+            raise self.refusal(node, "the shape of what it reads isn't known")
+        return [size or 0 for size in shape]
+
     def along_axis(
         self, before: ir.Node, value: ir.Value, rank: int, axis: int, matrix: NDArray[np.float32]
     ) -> ir.Value:
@@ -162,14 +180,6 @@ class Lowerer:
         turned = self.add(before, "Transpose", [value], perm=order)
         product = self.add(before, "MatMul", [turned, self.constant(before, np.ascontiguousarray(matrix.T))])
         return self.add(before, "Transpose", [product], perm=order)
-
-    def replace(self, node: ir.Node, op: str, inputs: list[ir.Value], **attributes: Attribute) -> None:
-        """Puts a new node in the place of `node`."""
-        replace_node(self.model, node, ir.node(op, inputs, attributes, name=f"{node.name}.lowered"))
-
-    def replace_by(self, node: ir.Node, value: ir.Value) -> None:
-        """Puts a value that was added in the place of what `node` gives out."""
-        self.replace(node, "Identity", [value])
 
 
 def attribute(node: ir.Node, name: str, default: float) -> float:

@@ -9,6 +9,7 @@ from onnx_ir.passes import common
 
 from onnxprune.errors import TrainingError
 from onnxprune.model import give_back, weights_aside
+from onnxprune.training.lowering.fused import unfuse
 
 NEWEST_OPSET, NEWEST_IR = 21, 10  # what ONNX Runtime 1.19 reads
 DEFINED = (  # by a function in the standard whose operators have gradients, or rows
@@ -20,10 +21,11 @@ DEFINED = (  # by a function in the standard whose operators have gradients, or 
 
 
 def spell_out(model: ir.Model) -> ir.Model:
-    """The model with operators that the standard defines spelt out, in an opset that training reads.
+    """The model with fused operators and those that the standard defines spelt out, in an opset that training reads.
 
     Raises `TrainingError` for an opset that can't be converted.
     """
+    unfuse(model)
     version = model.opset_imports.get("", 0)
     if all(node.op_type not in DEFINED for node in model.graph) and version <= NEWEST_OPSET:
         model.ir_version = min(model.ir_version, NEWEST_IR)
