@@ -22,12 +22,13 @@ from onnxprune.cli.options import (
 from onnxprune.cli.output import TerminalListener, print_json, report_tables, say, show
 from onnxprune.errors import TargetError
 from onnxprune.options import RunOptions
-from onnxprune.pipeline import DATA_CRITERIA, run
+from onnxprune.pipeline import run
 from onnxprune.quantise import NUMBERS
 from onnxprune.report import Report
 from onnxprune.score import CRITERIA
 from onnxprune.threshold import INITIAL
 from onnxprune.training.losses import KINDS
+from onnxprune.trials import DATA_CRITERIA
 
 RUN_OPTIONS = [
     click.option(

@@ -1,0 +1,138 @@
+"""The cut that a round tries: a threshold by what is asked, and by what earlier rounds cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.bench import find_providers
+from onnxprune.context import ROUNDS, Context, Proposal, Record, State
+from onnxprune.cost import Cost
+from onnxprune.cut import cut
+from onnxprune.files import memoised
+from onnxprune.latency import CORRECTIONS, correct, time_share
+from onnxprune.select import Rounding, survivors, tau_for
+from onnxprune.threshold import (
+    EVALUATIONS,
+    LEAST_GAIN,
+    PATIENCE,
+    Outcome,
+    bisect_tau,
+    initial_tau,
+    next_progress,
+    published_tau,
+    reach,
+)
+from onnxprune.trials import PROBE_SAMPLES, scored
+from onnxprune.units import Units
+
+MEASURED = ("drop", "loss", "drop_before_tuning")
+
+
+def propose(run: Context, state: State, records: list[Record]) -> Proposal | None:
+    """The cut that the next round tries, from what the last ones cost; None when the run is done."""
+    history = [outcome_of(record) for record in records]
+    if run.targets:
+        aim = next_progress(run.options.rounds or 1, history, run.options.schedule)
+        if aim is None:
+            return None
+        compute = lambda: _cut_to(run, state, aim)  # noqa: E731
+    else:
+        failures = sum(not outcome.accepted for outcome in history)
+        if len(history) >= (run.options.rounds or ROUNDS) or failures > PATIENCE:
+            return None
+        compute = lambda: _cut_within(run, state, history)  # noqa: E731
+    found: Proposal = memoised(run.round_folder(len(records) + 1) / "proposal.json", compute)
+    return found if found["tau"] is not None else None
+
+
+def _cut_to(run: Context, state: State, aim: float) -> Proposal:
+    """The lowest threshold that brings every targeted resource `aim` of the way to its share."""
+    run.listener.stage("choosing a threshold")
+    units, scores, rounding = scored(run, state.model)
+    shares = {name: target**aim for name, target in run.targets.items()}
+    measures = Cost(units, run.target).measures
+
+    def cut_to(wanted: Mapping[str, float]) -> Proposal | None:
+        limits = {name: share * run.base_costs[name] for name, share in wanted.items()}
+        for attempt in (rounding, Rounding(1)):  # where whole blocks can't meet the target, ragged widths may
+            chosen = tau_for(units, scores, attempt, lambda a: all(measures[n](a) <= limits[n] for n in limits))
+            if chosen is not None:
+                return {"tau": chosen[0], "round_to": attempt.multiple, "progress": aim}
+        return None
+
+    found = cut_to(shares) if "latency" not in shares else _cut_to_time(run, units, scores, shares, cut_to)
+    if found is not None:
+        return found
+    run.note("the target is out of reach: cut as far as every layer keeps one channel")
+    highest = float(np.nextafter(scores[np.isfinite(scores)].max(), np.inf))
+    return {"tau": highest, "round_to": 1, "progress": 1.0}
+
+
+def _cut_to_time(
+    run: Context,
+    units: Units,
+    scores: NDArray[np.float64],
+    shares: Mapping[str, float],
+    cut_to: Callable[[Mapping[str, float]], Proposal | None],
+) -> Proposal | None:
+    """The cut whose measured time is nearest below its share of the uncut model's."""
+    provider, proposals = find_providers(run.options.providers)[0], dict[float, Proposal]()
+
+    def cut_at(estimate: float) -> tuple[float, float] | None:
+        proposal = cut_to({**shares, "latency": estimate})
+        if proposal is None:
+            return None
+        alive = survivors(units, scores, proposal["tau"], rounding_of(run, proposal))
+        share = time_share(run.source, cut(units, alive)[0], provider, run.options.threads)
+        run.listener.progress(f"measuring a cut: {100 * share:.1f} % of the time", len(proposals) + 1, CORRECTIONS)
+        proposals[proposal["tau"]] = proposal
+        return proposal["tau"], share
+
+    chosen = correct(shares["latency"], cut_at)
+    return None if chosen is None else {**proposals[chosen[0]], "latency": chosen[1]}
+
+
+def rounding_of(run: Context, proposal: Proposal) -> Rounding:
+    return Rounding(proposal["round_to"], run.rounding.block)
+
+
+def _cut_within(run: Context, state: State, history: list[Outcome]) -> Proposal:
+    """A threshold whose cut costs no more, after repair, than fine-tuning can be hoped to win back."""
+    units, scores, rounding = scored(run, state.model)
+    allowed = run.allowed or 0.0
+    if run.options.controller == "published":
+        last = history[-1] if history else None
+        moved = initial_tau(scores, run.options.initial_tau) if last is None else _moved(run, last)
+        return {"tau": moved * 0.5 ** sum(not o.accepted for o in history), "round_to": rounding.multiple}
+    tried = 0
+
+    def drop_at(tau: float) -> float:
+        nonlocal tried
+        tried += 1
+        run.listener.progress("choosing a threshold", tried, EVALUATIONS)
+        model, step = cut(units, survivors(units, scores, tau, rounding))
+        run.repair(model, state, step)
+        return run.judge.measure(model, PROBE_SAMPLES).most
+
+    ending = len(history) + 1 >= (run.options.rounds or ROUNDS) or len(history) >= PATIENCE
+    safe = ending and not any(outcome.accepted for outcome in history)
+    tau = bisect_tau(scores, drop_at, reach(history, allowed, run.epochs > 0 and not safe))
+    if tau is not None:
+        macs = Cost(units).macs
+        before, after = macs(np.ones(units.count, bool)), macs(survivors(units, scores, tau, rounding))
+        tau = tau if after <= before * (1 - LEAST_GAIN) else None
+    return {"tau": tau, "round_to": rounding.multiple}
+
+
+def _moved(run: Context, last: Outcome) -> float:
+    return published_tau(last.tau, last.loss, run.allowed or 0.0, run.options.alpha)
+
+
+def outcome_of(record: Record) -> Outcome:
+    """What the controllers learn from a round; what couldn't be measured counts as infinitely bad."""
+    worst = {name: float("inf") if record.get(name) is None else record[name] for name in MEASURED}
+    drop, loss, before = worst.values()
+    return Outcome(record["tau"], drop, loss, record["accepted"], record["progress"], before)

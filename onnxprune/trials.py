@@ -1,0 +1,136 @@
+"""Trials before the first round: the same cut in several ways, repaired and measured, and units scored as they tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxprune.activations import ACTIVATION_CRITERIA
+from onnxprune.context import Context, State
+from onnxprune.cost import Cost
+from onnxprune.cut import cut
+from onnxprune.errors import ModelError, UsageError
+from onnxprune.files import memoised
+from onnxprune.gradients import GRADIENT_CRITERIA
+from onnxprune.layers import Layer, choose_layers, drop_layers, free_layers, influence_scores, weight_scores
+from onnxprune.plan import Plan
+from onnxprune.score import normalise_scores, score_units
+from onnxprune.select import Rounding, bounded, tau_for
+from onnxprune.units import Units, chosen_units
+
+DATA_CRITERIA = {**ACTIVATION_CRITERIA, **GRADIENT_CRITERIA}
+AUTO, LINED_UP_BY = "auto", "l2"  # rows are sorted before the contest, by one criterion
+CONTESTANTS = ("l2", "l1", "logistic", "fpgm", "bn", "flap", "obs")
+TRIED_AT = {"macs": 0.5}  # where an allowed drop alone decides
+PROBE_SAMPLES = 1024
+UNKNOWN = 1e30  # a loss that JSON can hold
+
+
+def criterion(run: Context) -> str:
+    """How units are scored: as named, or the winner of the contest."""
+    if run.options.criterion != AUTO:
+        return run.options.criterion
+    losses = contest(run)
+    return min(losses, key=losses.__getitem__)
+
+
+def contest(run: Context) -> dict[str, float]:
+    """For --criterion auto, the loss after the same cut by each criterion, repaired, before any fine-tuning."""
+    if run.options.criterion != AUTO:
+        return {}
+    found: dict[str, float] = memoised(run.folder / "contest.json", partial(_hold_contest, run))
+    return found
+
+
+def without_layers(run: Context) -> State:
+    """What the first round starts from: the baseline, without the layers that matter least."""
+    wanted = run.options.layers
+    if wanted is None:
+        return _dropping(run, [])
+    layers = free_layers(run.baseline, run.options.protect)
+    if run.train is None:
+        chosen = choose_layers(layers, weight_scores(run.baseline, layers), None if wanted == "auto" else wanted)
+    else:
+        scores = influence_scores(run.baseline, layers, run.train, run.options.threads)
+        if wanted == "auto":
+            wanted = _how_many(run, layers, scores)
+        chosen = choose_layers(layers, scores, wanted)
+    run.note(f"layers dropped: {', '.join(layer.name for layer in chosen) or 'none'}")
+    return _dropping(run, chosen)
+
+
+def _dropping(run: Context, layers: list[Layer]) -> State:
+    start = Plan({}, reordered=run.moved)
+    if not layers:
+        return State(run.baseline, start)
+    model, dropped = drop_layers(run.baseline, [layer.name for layer in layers])
+    return State(model, start.then(dropped))
+
+
+def _how_many(run: Context, layers: list[Layer], scores: list[float]) -> int:
+    """How many layers to drop so that with widths cut to the same target the loss is lowest: 0, 1, 2, 4, 8 …"""
+
+    def search() -> dict[str, float]:
+        counts = [0] + [2**power for power in range(len(layers).bit_length()) if 2**power <= len(layers)]
+        losses = dict[str, float]()
+        for number, count in enumerate(counts):
+            run.listener.progress(f"trying without {count} layers", number + 1, len(counts))
+            losses[str(count)] = _trial(run, _dropping(run, choose_layers(layers, scores, count)), LINED_UP_BY)
+        return losses
+
+    losses: dict[str, float] = memoised(run.folder / "layers.json", search)
+    run.note(f"layers to drop, by loss: {ranked(losses)}")
+    return int(min(losses, key=losses.__getitem__))
+
+
+def _hold_contest(run: Context) -> dict[str, float]:
+    losses = dict[str, float]()
+    for number, criterion in enumerate(CONTESTANTS):
+        run.listener.progress(f"trying criteria: {criterion}", number + 1, len(CONTESTANTS))
+        losses[criterion] = _trial(run, _dropping(run, []), criterion)
+    losses = {name: loss for name, loss in losses.items() if loss < UNKNOWN} or {LINED_UP_BY: UNKNOWN}
+    run.note(f"criteria by loss: {ranked(losses)}")
+    return losses
+
+
+def _trial(run: Context, state: State, criterion: str) -> float:
+    """The loss after a cut to the targets, or to half of the MACs, and repair; `UNKNOWN` if it can't be made."""
+    try:
+        units, scores, rounding = scored(run, state.model, criterion)
+    except ModelError:
+        return UNKNOWN  # it needs what the model hasn't
+    measures = Cost(units, run.target).measures
+    limits = {name: share * run.base_costs[name] for name, share in (run.targets or TRIED_AT).items()}
+    chosen = tau_for(units, scores, rounding, lambda a: all(measures[n](a) <= limit for n, limit in limits.items()))
+    if chosen is None:
+        return UNKNOWN
+    model, step = cut(units, chosen[1])
+    run.repair(model, state, step)
+    return run.judge.measure(model, PROBE_SAMPLES).loss
+
+
+def scored(run: Context, model: ir.Model, how: str | None = None) -> tuple[Units, NDArray[np.float64], Rounding]:
+    """A model's units, their scores by the run's criterion or another one, and how widths are rounded."""
+    options = run.options
+    units = chosen_units(model, options.granularity, options.kinds, options.protect)
+    raw = _raw_scores(run, units, how or criterion(run))
+    scores = normalise_scores(units, raw, options.scope, run.origin)
+    sizes = {name: size for name, (size, _) in run.origin.items()}
+    return units, bounded(units, scores, options.keep, sizes), run.rounding
+
+
+def _raw_scores(run: Context, units: Units, criterion: str) -> NDArray[np.float64]:
+    if criterion not in DATA_CRITERIA:
+        return score_units(units, criterion, run.options.seed)
+    if run.train is None:
+        raise UsageError(f"--criterion {criterion} needs data: give --data")
+    return DATA_CRITERIA[criterion](units, run.train)
+
+
+def ranked(losses: Mapping[str, float]) -> str:
+    """Losses in words, the lowest first."""
+    return ", ".join(f"{name} {losses[name]:.4f}" for name in sorted(losses, key=losses.__getitem__))
