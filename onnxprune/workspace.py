@@ -23,6 +23,7 @@ def configuration(source: Path, train: Dataset | None, evaluation: Dataset, opti
         "data": train.digest() if train is not None else None,
         "evaluation": evaluation.digest(),
         "prior": sha256(Path(options.prior)) if options.prior else None,
+        "loss": [sha256(Path(each)) for each in options.loss_options.labels if Path(each).is_file()],
         "options": json.loads(json.dumps(asdict(options))),
     }
 
