@@ -38,7 +38,7 @@ class Rounding:
         if not group.aligned:
             return 1
         step = block_size() if self.block is None else self.block
-        while step > 1 and (len(group.units) * group.repeats < 2 * step):
+        while step > 1 and (len(group.units) * group.repeats < 3 * step):
             step //= 2
         return step if step >= NARROWEST else 1
 

@@ -50,7 +50,7 @@ def test_widths_are_rounded_to_the_block_and_narrow_ones_to_less() -> None:
         alive = survivors_by_share(units, scores, 0.5, Rounding(None, block))
         for group in units.groups:
             left, whole = int(alive[group.units].sum()) * group.repeats, len(group.units) * group.repeats
-            step = next((s for s in (block, block // 2, block // 4) if s >= 4 and whole >= 2 * s), 1)
+            step = next((s for s in (block, block // 2, block // 4) if s >= 4 and whole >= 3 * s), 1)
             assert not group.aligned or left % step == 0 or left == whole
 
 
