@@ -16,15 +16,13 @@ from typing import Any, cast
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from scipy.stats import t
 
 from onnxprune.data import random_inputs
 from onnxprune.errors import UsageError
 from onnxprune.evaluate import Batch, run_session, session_options
-from onnxprune.interleave import LEVELS, WARM_UP, interleave, open_as
+from onnxprune.interleave import LEVELS, MOST_PARTS, WARM_UP, Rows, interleave, open_as
 from onnxprune.model import external_files, open_model, open_session
-
-RESAMPLES = 2000
-BLOCKS = 20
 
 
 @dataclass(frozen=True)
@@ -138,12 +136,12 @@ def results_of(
     starts: Sequence[tuple[float, float]],
     memory: Sequence[int],
 ) -> list[BenchResult]:
-    """The figures of each model from the seconds of its runs, shape (models, runs), of its loading and first run."""
+    """The figures of each model, from seconds of shape (models, parts, runs), and those of loading and a first run."""
     return [
         BenchResult(
             str(path),
             provider,
-            Latency(float(np.median(row)) * 1e3, float(np.quantile(row, 0.9)) * 1e3, len(row)),
+            Latency(float(np.median(row)) * 1e3, float(np.quantile(row, 0.9)) * 1e3, row.size),
             compare(times[0], row),
             added,
             model_bytes(path),
@@ -171,7 +169,7 @@ def _interleave(
     seconds: float,
     precision: float | None = None,
 ) -> tuple[NDArray[np.float64], list[tuple[float, float]]]:
-    """Seconds of every run, shape (models, runs); and for each model those of loading it and of its first run."""
+    """Seconds of every run, of shape (models, parts, runs); for each model those of loading and of its first run."""
     for path in paths:  # once, for an error that says what is wrong
         run_session(open_session(str(path), _options(runtime), [(provider, dict(runtime.provider_options))]), inputs)
     openers = [partial(open_as, onnxruntime, str(path), provider, asdict(runtime)) for path in paths]
@@ -187,7 +185,7 @@ def _options(runtime: Runtime) -> onnxruntime.SessionOptions:
     return options
 
 
-def _width(rows: list[list[float]]) -> float:
+def _width(rows: Rows) -> float:
     """The widest interval of a ratio so far, as a share of the ratio."""
     first = np.array(rows[0])
     found = [compare(first, np.array(row)) for row in rows[1:]]
@@ -257,19 +255,18 @@ def profile_model(
     return [OperatorTime(op, len(names[op]), us / runs / 1e3, us / total) for op, us in spent.most_common()]
 
 
-def compare(first: NDArray[np.float64], other: NDArray[np.float64], seed: int = 0) -> Comparison:
-    """The ratio of medians, first over other, and its 95 % interval.
+def compare(first: NDArray[np.float64], other: NDArray[np.float64]) -> Comparison:
+    """The ratio of medians, first over other, the geometric mean over parts, and its 95 % interval by Student's t.
 
-    The interval is a bootstrap over blocks of neighbouring turns: single runs depend on their neighbours (clock, cache,
-    other processes), so resampling them one by one would promise too much.
+    Seconds of runs, by part (parts, runs), or in one row, which is parted. Runs of a part depend on each other (where
+    sessions lie in memory, clock, cache, other processes), so that only parts count as independent.
     """
-    blocks = min(BLOCKS, len(first))
-    pairs = zip(np.array_split(first, blocks), np.array_split(other, blocks), strict=True)
-    ratios = np.array([np.median(a) / np.median(b) for a, b in pairs])
-    picks = np.random.default_rng(seed).integers(0, blocks, (RESAMPLES, blocks))
-    low, high = np.quantile(np.mean(ratios[picks], axis=1), (0.025, 0.975))
-    speedup = float(np.median(first) / np.median(other))
-    return Comparison(speedup, float(min(low, speedup)), float(max(high, speedup)))
+    pairs = zip(*(row if row.ndim == 2 else np.array_split(row, MOST_PARTS) for row in (first, other)), strict=True)
+    logs = np.log([np.median(a) / np.median(b) for a, b in pairs])
+    mean, error = float(logs.mean()), 0.0
+    if len(logs) > 1:
+        error = float(t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
+    return Comparison(float(np.exp(mean)), float(np.exp(mean - error)), float(np.exp(mean + error)))
 
 
 def added_memory(path: Path, provider: str, threads: int | None, batch: int, seed: int) -> int:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence, Tuple  # noqa: UP035 - devices have old Pythons
 
 WARM_UP = 5
-FEWEST_RUNS, MOST_RUNS = 20, 2000
-
+FEWEST_RUNS, MOST_RUNS = 20, 2000  # of a model, in all parts
+FEWEST_PARTS, MOST_PARTS = 4, 10
 LEVELS = {
     "none": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
@@ -24,7 +24,7 @@ LEVELS = {
 }
 ON_GPU = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
-Rows = List[List[float]]  # noqa: UP006
+Rows = List[List[List[float]]]  # noqa: UP006 - by model and part
 
 
 def interleave(
@@ -33,32 +33,56 @@ def interleave(
     seconds: float,
     enough: Callable[[Rows], bool] = lambda rows: False,
 ) -> Tuple[Rows, List[Tuple[float, float]]]:  # noqa: UP006
-    """Seconds of every run by model; and for each model those of opening its session and of its first run.
+    """Seconds of every run by model and part; and for each model those of opening its session and of its first run.
 
-    Runs take turns, so that whatever else the machine does hits all models, and the order turns too. It ends when the
-    seconds are spent, or `enough` says so every twenty runs.
+    Runs take turns, so that whatever else the machine does hits all models, and the order turns too. Where a session
+    lies in memory changes its time by a percent or two, and the first to be opened tends to be the slowest: so in each
+    part all are opened anew, in another order. All parts have the same number of runs, as many as the seconds allow;
+    `enough` may end it after any part but the first few.
     """
-    sessions, starts = [], []
-    for opener in openers:
+    rows: Rows = [[] for _ in openers]
+    starts: List[Tuple[float, float]] = []  # noqa: UP006
+    part, parts, runs = 0, FEWEST_PARTS, 0
+    while part < parts and not (part >= FEWEST_PARTS and enough(rows)):
+        sessions, opened, once = _open_all(openers, feeds, part)
+        if not runs:
+            starts = opened
+            apart = sum(load + first for load, first in starts) + WARM_UP * once
+            parts = int(min(MOST_PARTS, max(FEWEST_PARTS, seconds / apart)))
+            runs = int(max(FEWEST_RUNS / parts, min(MOST_RUNS / parts, seconds / parts / once)))
+        for row in rows:
+            row.append([])
+        for run in range(runs):
+            turn = run % len(sessions)
+            for index in [*range(turn, len(sessions)), *range(turn)]:
+                before = time.perf_counter()
+                sessions[index].run(None, dict(feeds))
+                rows[index][-1].append(time.perf_counter() - before)
+        part += 1
+        del sessions
+    return rows, starts
+
+
+def _open_all(
+    openers: Sequence[Callable[[], Any]],
+    feeds: Dict[str, Any],  # noqa: UP006
+    part: int,
+) -> Tuple[List[Any], List[Tuple[float, float]], float]:  # noqa: UP006
+    """The sessions, warm; seconds of opening each and of its first run; and seconds of a later run of all of them."""
+    sessions: List[Any] = [None] * len(openers)  # noqa: UP006
+    starts = [(0.0, 0.0)] * len(openers)
+    for place in range(len(openers)):
+        index = (place + part) % len(openers)
         before = time.perf_counter()
-        sessions.append(opener())
+        sessions[index] = openers[index]()
         opened = time.perf_counter()
-        sessions[-1].run(None, dict(feeds))
-        starts.append((opened - before, time.perf_counter() - opened))
+        sessions[index].run(None, dict(feeds))
+        starts[index] = (opened - before, time.perf_counter() - opened)
+    before = time.perf_counter()
     for session in sessions:
         for _ in range(WARM_UP):
             session.run(None, dict(feeds))
-    rows: Rows = [[] for _ in sessions]
-    start = time.perf_counter()
-    while len(rows[0]) < MOST_RUNS and (len(rows[0]) < FEWEST_RUNS or time.perf_counter() - start < seconds):
-        turn = len(rows[0]) % len(sessions)
-        for index in [*range(turn, len(sessions)), *range(turn)]:
-            before = time.perf_counter()
-            sessions[index].run(None, dict(feeds))
-            rows[index].append(time.perf_counter() - before)
-        if len(rows[0]) % FEWEST_RUNS == 0 and enough(rows):
-            break
-    return rows, starts
+    return sessions, starts, (time.perf_counter() - before) / WARM_UP
 
 
 class Bound:

@@ -62,13 +62,15 @@ def test_a_slower_model_is_told_from_noise() -> None:
     assert result.speedup == pytest.approx(1 / 1.5)
 
 
-def test_equal_models_are_mostly_not_told_apart() -> None:
+def test_equal_models_are_not_told_apart_nineteen_times_in_twenty() -> None:
+    """Whatever the machine does in between, and wherever sessions lie in memory."""
     verdicts = []
-    for seed in range(100):
+    for seed in range(400):
         rng = np.random.default_rng(seed)
-        drift = 1 + 0.2 * np.sin(np.arange(200) / 20)
-        verdicts.append(compare(drift + 0.1 * rng.random(200), drift + 0.1 * rng.random(200), seed).differs)
-    assert np.mean(verdicts) <= 0.12
+        drift = 1 + 0.2 * np.sin(np.arange(200) / 20).reshape(10, 20)
+        noise, placed = 0.1 * rng.random((2, 10, 20)), 1 + 0.015 * rng.standard_normal((2, 10, 1))
+        verdicts.append(compare(*((drift + noise) * placed)).differs)
+    assert 0.02 < np.mean(verdicts) < 0.08
 
 
 @pytest.mark.parametrize("runtime", [Runtime(1, "none"), Runtime(1, "basic", {}, bound=True)])

@@ -32,6 +32,8 @@ import onnx
 import onnx2torch
 import torch_pruning as tp
 
+if not hasattr(torch.onnx.symbolic_helper, "_export_onnx_opset_version"):
+    torch.onnx.symbolic_helper._export_onnx_opset_version = 18  # onnx2torch reads it, newer exporters lack it
 STEPS = 10  # of the bisection on the ratio
 
 
