@@ -33,7 +33,7 @@ __version__ = "0.1.0"
 _HOMES = {  # imported when first used: the training worker must not load the user's onnxruntime
     "Inspection": "api", "PruneResult": "api", "inspect": "api", "prune": "api",
     "apply": "api", "verify": "api", "Verification": "api",
-    "BenchResult": "bench", "bench": "bench", "ImageOptions": "data", "RunOptions": "options", "run": "pipeline",
+    "BenchResult": "bench", "bench": "bench", "ImageOptions": "sources", "RunOptions": "options", "run": "pipeline",
     "Plan": "plan", "Report": "report", "Keep": "select", "Sensitivity": "sensitivity", "sensitivity": "sensitivity",
 }  # fmt: skip
 
