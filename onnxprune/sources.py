@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from onnxprune.data import Array, Dataset, StoredArray, check_data, model_inputs
 from onnxprune.errors import DataError
 
+PIECE = 2**20  # bytes read at a time
 NAME_SIZES = 26  # where the header of a file in a zip archive has the lengths of its name and extra fields
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -91,11 +92,20 @@ def _from_npz(path: Path) -> dict[str, Array]:
         with file, zipfile.ZipFile(path) as archive:
             entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
             stored = {name for name in file.files if entries[name].compress_type == zipfile.ZIP_STORED}
+            for name in stored:
+                _check_sum(archive, entries[name])
             return {name: _mapped(path, entries[name]) if name in stored else file[name] for name in file.files}
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: not an .npz file that can be read: {str(error).splitlines()[0]}") from error
+
+
+def _check_sum(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
+    """Reads an entry once, as mapping doesn't notice damage. Raises `BadZipFile` where its check sum is another."""
+    with archive.open(entry) as file:
+        while file.read(PIECE):
+            pass
 
 
 def _mapped(path: Path, entry: zipfile.ZipInfo) -> Array:

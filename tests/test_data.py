@@ -140,6 +140,16 @@ def test_what_lies_in_files_is_not_read_into_memory(tmp_path: Path) -> None:
     assert len(train) == 198_000 and len(held) == 2_000 and peak < 20e6  # of 51 MB
 
 
+def test_a_damaged_file_is_noticed_though_it_is_not_read_into_memory(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    np.savez(path, input=GOOD, labels=LABELS)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="can be read"):
+        load_data(str(path), MODEL)
+
+
 def test_labels_of_a_certain_value_do_not_count() -> None:
     labels = np.array([0, 255, 2, 255, 1, 3], np.uint8)
     with pytest.raises(DataError, match="--ignore-index"):

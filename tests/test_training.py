@@ -479,6 +479,12 @@ def test_losses_that_cannot_be_are_refused(asked: tuple[str, ...], message: str)
         plan_loss(graph(TWO), Dataset({"x": x}, np.zeros((2, 4), np.float32)), Loss(asked))
 
 
+def test_a_model_without_an_output_to_learn_from_says_so() -> None:
+    model = graph("(float[N,6] x, float[6,4] w) => (int64[N,1] y) { h = MatMul(x, w) y = ArgMax<axis=1>(h) }")
+    with pytest.raises(TrainingError, match="--epochs 0"):
+        plan_loss(model, Dataset(random_inputs(model, 0), None))
+
+
 OWN = """<ir_version: 9, opset_import: ["" : 20]>
 own (float[N,4] y, int64[N] labels, float[N,4] teacher_y, float[N] labels_weight) => (float loss) {
     log_p = LogSoftmax(y) none = NegativeLogLikelihoodLoss<reduction = "none">(log_p, labels)

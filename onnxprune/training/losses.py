@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxprune.data import Array, Dataset, class_axis, model_inputs
-from onnxprune.errors import UsageError
+from onnxprune.errors import TrainingError, UsageError
 from onnxprune.evaluate import all_shapes
 from onnxprune.labels.flow import integer
 from onnxprune.shapes import Shapes
@@ -110,10 +110,13 @@ class LossPlan:
 def plan_loss(model: ir.Model, data: Dataset, asked: Loss | None = None) -> LossPlan:
     """The loss for a model and data: labels and distillation, or distillation alone without labels.
 
-    Raises `UsageError` for a loss that the labels or the model don't fit.
+    Raises `UsageError` for a loss that the labels or the model don't fit, and `TrainingError` for a model without an
+    output to learn from.
     """
     asked = asked or Loss()
     outputs = {v.name or "": v for v in model.graph.outputs if v.dtype is None or v.dtype.is_floating_point()}
+    if not outputs:
+        raise TrainingError("no output of the model is a float, so there is nothing to learn from; use --epochs 0")
     if asked.mix and not all(value.dtype == ir.DataType.FLOAT for value in model_inputs(model)):
         raise UsageError("--mix mixes samples, which takes inputs of float32")
     own = [text for text in asked.labels if _split(text) is None]

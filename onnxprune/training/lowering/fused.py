@@ -33,13 +33,8 @@ def unfuse(model: ir.Model) -> None:
         row = FUSED.get(operator_name(node))
         value = row(builder, node) if row is not None else None
         if value is not None:
-            _drop_outputs(node)
+            node.resize_outputs(1)  # rows have seen to it that no other is used
             replace_node(model, node, ir.node("Identity", [value], name=f"{node.name}.spelt"))
-
-
-def _drop_outputs(node: ir.Node) -> None:
-    """Only the first is left; rows have seen to it that no other is used."""
-    node.resize_outputs(1)
 
 
 def _used(node: ir.Node, index: int) -> bool:
