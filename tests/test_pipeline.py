@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 import onnxprune
 from onnxprune import RunOptions, TrainingError, UsageError, pipeline
 from onnxprune.threshold import published_tau
-from tests.conftest import MODELS
+from onnxprune.training import fine_tune
+from tests.conftest import MODELS, needs_training
 
 MODEL, DIGITS, TEST = MODELS / "digits_mlp.onnx", str(MODELS / "digits.npz"), str(MODELS / "digits_test.npz")
 QUICK: dict[str, Any] = {"epochs": 0, "bench_seconds": 0.1}
@@ -67,6 +69,26 @@ def test_a_failing_round_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert report.pruned.macs == report.rounds[0]["macs"] < report.baseline.macs
     assert any("out of memory" in note for note in report.notes)
     assert json.loads((tmp_path / "out.onnxprune" / "report.json").read_text())["rounds"][1]["drop"] is None
+
+
+@needs_training
+def test_a_worker_out_of_memory_costs_no_accepted_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second round on workers may map 1 MB: they fail by themselves; the run ends with the first's model."""
+    calls = []
+
+    def limited(*arguments: Any, **named: Any) -> None:
+        model, teacher, data, folder, options, *others = arguments
+        calls.append(1)
+        limit = 1_000_000 if len(calls) > 1 else None
+        fine_tune(model, teacher, data, folder, replace(options, memory_limit=limit), *others, **named)
+
+    monkeypatch.setattr(pipeline, "fine_tune", limited)
+    report = run(tmp_path, target_macs=0.3, epochs=1, rounds=2)
+    assert not report.met and len(calls) > 1
+    assert [record["accepted"] for record in report.rounds] == [True] + [False] * (len(calls) - 1)
+    assert any("training failed (memory)" in note for note in report.notes)
+    assert report.pruned.macs == report.rounds[0]["macs"] < report.baseline.macs
+    onnxruntime.InferenceSession(str(tmp_path / "out.onnx"))
 
 
 def test_when_every_round_fails_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,10 +27,11 @@ from onnxprune.model import open_model
 from onnxprune.normalise import normalise
 from onnxprune.sources import load_data
 from onnxprune.training import Loss, Trainer, TrainingOptions, fine_tune, runtime
+from onnxprune.training.batches import augment
 from onnxprune.training.client import WorkerDiedError, choose_augmentation
 from onnxprune.training.forward import teacher_graph, trainable, training_graph, untrainable
 from onnxprune.training.losses import plan_loss, whole_features
-from onnxprune.training.worker import AdamW, augment, learning_rate
+from onnxprune.training.optimizer import AdamW, learning_rate
 from onnxprune.units import fading_parts, find_units
 from tests.conftest import MODELS, needs_training
 from tests.graphs import graph, random_cut

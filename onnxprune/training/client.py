@@ -28,10 +28,11 @@ from onnxprune.files import write_json
 from onnxprune.model import save_model
 from onnxprune.repair import reestimate_batch_norm
 from onnxprune.training.backward import gradient_model
+from onnxprune.training.batches import augment
 from onnxprune.training.forward import teacher_graph, training_graph, uses_batch_statistics
 from onnxprune.training.losses import Loss, plan_loss, whole_features
 from onnxprune.training.runtime import Trainer, choose_trainer, prepare_trainer
-from onnxprune.training.worker import augment, write_arrays
+from onnxprune.training.worker import write_arrays
 
 HELD_OUT = 512  # samples by which the best epoch is chosen, at most
 SHARD = 32  # samples a thread works on at a time; batch statistics are taken over them

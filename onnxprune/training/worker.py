@@ -25,9 +25,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnxprune.training.batches import Batches
+from onnxprune.training.optimizer import AdamW, learning_rate
+
 Array = NDArray[Any]
-BETAS, EPSILON = (0.9, 0.999), 1e-8
-WARM = 0.05  # of the training
 FADED = 0.01  # what is left of weights that fade
 SAFE = 10  # steps between states that training can go back to, or resume from
 ROLLBACKS, SLOWER = 2, 0.25  # of a loss that isn't finite: how often, and what becomes of the learning rate
@@ -114,55 +115,6 @@ def differentiated(folder: Path, artifacts: Any, names: list[str]) -> tuple[onnx
     return gradient_graph(scratch / "training_model.onnx")
 
 
-class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2); vectors and scalars don't decay."""
-
-    def __init__(self, weights: dict[str, Array], decay: float) -> None:
-        self.weights, self.decay, self.step_count = weights, decay, 0
-        self.first = {name: np.zeros_like(array) for name, array in weights.items()}
-        self.second = {name: np.zeros_like(array) for name, array in weights.items()}
-
-    def step(self, gradients: dict[str, Array], rate: float) -> None:
-        """Changes the weights in place."""
-        self.step_count += 1
-        one, two = (1 - beta**self.step_count for beta in BETAS)
-        for name, gradient in gradients.items():
-            m, v, w = self.first[name], self.second[name], self.weights[name]
-            m += np.float32(1 - BETAS[0]) * (gradient - m)
-            v += np.float32(1 - BETAS[1]) * (np.square(gradient) - v)
-            if w.ndim > 1:
-                w *= np.float32(1 - rate * self.decay)
-            w -= np.float32(rate / one) * m / (np.sqrt(v / np.float32(two)) + np.float32(EPSILON))
-
-
-def learning_rate(progress: float, peak: float) -> float:
-    """Linear warm-up over the first twentieth, then a cosine to a hundredth of the peak; `progress` is in [0, 1)."""
-    if progress < WARM:
-        return peak * max(progress, 0.1 * WARM) / WARM
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - WARM) / (1 - WARM))))
-
-
-def augment(batch: Array, flip: bool, shift: int, layout: str, rng: np.random.Generator) -> Array:
-    """Mirrors half of the images and moves each by up to `shift` pixels, filling with zeros."""
-    rows, columns = (2, 3) if layout == "nchw" else (1, 2)
-    if flip:
-        mirrored = rng.random(len(batch)) < 0.5
-        batch = np.where(mirrored.reshape(-1, 1, 1, 1), np.flip(batch, columns), batch)
-    if shift:
-        widths = [(0, 0)] * batch.ndim
-        widths[rows] = widths[columns] = (shift, shift)
-        padded = np.pad(batch, widths)
-        moves = rng.integers(0, 2 * shift + 1, (len(batch), 2))
-        height, width = batch.shape[rows], batch.shape[columns]
-        where: list[Any] = [slice(None)] * 3
-        result = np.empty_like(batch)
-        for i, (down, right) in enumerate(moves):
-            where[rows - 1], where[columns - 1] = slice(down, down + height), slice(right, right + width)
-            result[i] = padded[i][tuple(where)]
-        batch = result
-    return batch
-
-
 class Trainer:
     """One training job: its sessions, data, weights and optimizer."""
 
@@ -176,8 +128,7 @@ class Trainer:
             self.heads, self.gradients = self.job["heads"], self.job["gradients"]
             self.session = self._session(onnxruntime, str(folder / "backward.onnx"))
         self.teacher = self._session(onnxruntime, str(folder / "teacher.onnx")) if self.job["distil"] else None
-        self.data = {name: np.load(path, mmap_mode="r") for name, path in self.job["inputs"].items()}
-        self.labels = {name: np.load(path, mmap_mode="r") for name, path in self.job["labels"].items()}
+        self.batches = Batches(self.job)
         self.optimizer = AdamW(self.weights, self.job["weight_decay"])
         self.fading = dict(np.load(self.job["fading"])) if self.job["fading"] else {}
         self.average = {name: array.copy() for name, array in self.weights.items()} if self.job["ema"] else {}
@@ -196,35 +147,26 @@ class Trainer:
         The result are the weights after the epoch of the lowest loss on samples that were held out. A loss that isn't
         finite takes training back to a state of at most ten steps before, and on at a quarter of the learning rate.
         """
-        order = np.random.default_rng(self.job["seed"]).permutation(len(next(iter(self.data.values()))))
-        held, samples = np.sort(order[: self.job["held"]]), order[self.job["held"] :]
-        size = min(self.job["batch"], len(samples))
-        per_epoch = len(samples) // size
+        batches, per_epoch = self.batches, self.batches.per_epoch
         total, start = per_epoch * self.job["epochs"], self._restore()
         began = saved = time.monotonic()
         before, safe, progress = self.spent, self._state(), 0.0
 
-        def prepared(step: int) -> dict[str, Array]:
-            epoch, index = divmod(step, per_epoch)
-            shuffled = np.random.default_rng([self.job["seed"], epoch]).permutation(samples)
-            chosen = np.sort(shuffled[index * size : (index + 1) * size])
-            return self._batch(chosen, np.random.default_rng([self.job["seed"], epoch, index]))
-
-        waiting = self.reader.submit(prepared, start)
+        waiting = self.reader.submit(batches.at, start)
         for step in range(start, total):
             epoch, index = divmod(step, per_epoch)
             self.spent = before + time.monotonic() - began
             progress = max(step / total, self.spent / self.job["seconds"] if self.job["seconds"] else 0.0)
             if progress >= 1 or (self.job["stop_after"] and self.epochs_since >= self.job["stop_after"]):
                 break
-            feeds, waiting = waiting.result(), self.reader.submit(prepared, min(step + 1, total - 1))
-            loss, accuracy = self._step(feeds, size, progress, step)
+            feeds, waiting = waiting.result(), self.reader.submit(batches.at, min(step + 1, total - 1))
+            loss, accuracy = self._step(feeds, batches.size, progress, step)
             if not math.isfinite(loss):
                 self._roll_back(safe, step)
             if os.getppid() != self.parent:
                 sys.exit(1)  # the run is gone; it resumes from the last checkpoint
             if index + 1 == per_epoch:
-                self._compare(held)
+                self._compare()
             say(
                 event="step", step=step + 1, total=total, epoch=epoch + 1, progress=max(progress, (step + 1) / total),
                 loss=loss, accuracy=accuracy,
@@ -235,15 +177,15 @@ class Trainer:
                     self._save(step + 1, safe)
                     saved = time.monotonic()
         if not self.best or progress >= 1:
-            self._compare(held)
+            self._compare()
         write_arrays(self.folder / "result.npz", self.best)
         say(event="done")
 
-    def _compare(self, held: Array) -> None:
+    def _compare(self) -> None:
         """Remembers the weights, or their average, if their loss on samples that were held out is the lowest so far."""
-        size, losses, weights = self.job["batch"], [], self.average or self.weights
+        held, size, losses, weights = self.batches.held, self.job["batch"], [], self.average or self.weights
         for rows in (held[i : i + size] for i in range(0, len(held), size)):
-            losses.append(self._gradients(self._batch(rows, None), len(rows), weights)[0])
+            losses.append(self._gradients(self.batches.take(rows), len(rows), weights)[0])
         loss = float(np.mean(losses)) if losses else -math.inf  # the last ones, when nothing is held out
         self.epochs_since += 1
         if not self.best or loss <= self.lowest:
@@ -264,13 +206,13 @@ class Trainer:
 
     def measure(self) -> None:
         """The mean and the mean square of each parameter's gradient over batches; nothing is trained."""
-        samples = len(next(iter(self.data.values())))
+        samples = len(next(iter(self.batches.data.values())))
         size = min(self.job["batch"], samples)
         moments = {name: np.zeros((2, *array.shape), np.float32) for name, array in self.weights.items()}
         count = samples // size
         for step in range(count):
             chosen = np.arange(step * size, (step + 1) * size)
-            _, _, gradients = self._gradients(self._batch(chosen, None), len(chosen), self.weights)
+            _, _, gradients = self._gradients(self.batches.take(chosen), len(chosen), self.weights)
             for name, gradient in gradients.items():
                 moments[name] += np.stack([gradient, np.square(gradient)]) / np.float32(count)
             say(event="step", step=step + 1, total=count)
@@ -287,7 +229,7 @@ class Trainer:
         def run(rows: Array) -> list[Array]:
             shard = {name: array[rows] for name, array in feeds.items()}
             if self.teacher is not None:
-                inputs = {name: shard[name] for name in self.data}
+                inputs = {name: shard[name] for name in self.batches.data}
                 for i, output in enumerate(self.teacher.run(None, inputs)):
                     shard[f"onnxprune.teacher.{i}"] = output
             wanted = {value.name for value in self.session.get_inputs()}
@@ -318,24 +260,6 @@ class Trainer:
         for name, array in self.average.items():
             array += np.float32(1 - self.job["ema"]) * (self.weights[name] - array)
         return loss, self._accuracy(feeds, scores)
-
-    def _batch(self, chosen: Array, rng: np.random.Generator | None) -> dict[str, Array]:
-        """The inputs and labels of these samples, augmented where there is randomness for it."""
-        feeds = {name: np.asarray(array[chosen]) for name, array in self.data.items()}
-        if rng is not None and (self.job["flip"] or self.job["shift"]):
-            name = next(iter(feeds))
-            feeds[name] = augment(feeds[name], self.job["flip"], self.job["shift"], self.job["layout"], rng)
-        feeds |= {name: np.asarray(array[chosen]) for name, array in self.labels.items()}
-        return {**feeds, **self._mixture(feeds, len(chosen), rng)} if self.job["mix"] else feeds
-
-    def _mixture(self, feeds: dict[str, Array], size: int, rng: np.random.Generator | None) -> dict[str, Array]:
-        """Each sample mixed with another, in a share that is the same in the batch; without randomness, with itself."""
-        other, share = np.arange(size), np.float32(1)
-        if rng is not None:
-            other, share = rng.permutation(size), np.float32(rng.beta(self.job["mix"], self.job["mix"]))
-        mixed = {name: share * feeds[name] + (1 - share) * feeds[name][other] for name in self.data}
-        labels = {name + ".other": feeds[name][other] for name in self.labels}
-        return {**mixed, **labels, "onnxprune.mixed": np.full(size, share, np.float32)}
 
     def _accuracy(self, feeds: dict[str, Array], scores: list[Array]) -> float | None:
         labels = feeds.get("onnxprune.labels")

@@ -1,0 +1,41 @@
+"""What a training step does with gradients: the optimizer, in NumPy, and the schedule of its learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+WARM = 0.05  # of the training
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2); vectors and scalars don't decay."""
+
+    def __init__(self, weights: dict[str, Array], decay: float) -> None:
+        self.weights, self.decay, self.step_count = weights, decay, 0
+        self.first = {name: np.zeros_like(array) for name, array in weights.items()}
+        self.second = {name: np.zeros_like(array) for name, array in weights.items()}
+
+    def step(self, gradients: dict[str, Array], rate: float) -> None:
+        """Changes the weights in place."""
+        self.step_count += 1
+        one, two = (1 - beta**self.step_count for beta in BETAS)
+        for name, gradient in gradients.items():
+            m, v, w = self.first[name], self.second[name], self.weights[name]
+            m += np.float32(1 - BETAS[0]) * (gradient - m)
+            v += np.float32(1 - BETAS[1]) * (np.square(gradient) - v)
+            if w.ndim > 1:
+                w *= np.float32(1 - rate * self.decay)
+            w -= np.float32(rate / one) * m / (np.sqrt(v / np.float32(two)) + np.float32(EPSILON))
+
+
+def learning_rate(progress: float, peak: float) -> float:
+    """Linear warm-up over the first twentieth, then a cosine to a hundredth of the peak; `progress` is in [0, 1)."""
+    if progress < WARM:
+        return peak * max(progress, 0.1 * WARM) / WARM
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (progress - WARM) / (1 - WARM))))
