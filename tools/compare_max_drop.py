@@ -1,8 +1,8 @@
 """One number against a grid search: `python tools/compare_max_drop.py MODEL TRAIN TEST [MODEL TRAIN TEST …]`.
 
-For each model: `onnxprune.run` with `max_drop` and nothing else; then one round to each fixed share of the MACs, of
-which the smallest is kept whose drop, on the same samples that the first run decided by, is allowed. Written for both:
-the MACs left, the drop where it was decided, and the drop on TEST, which no run saw; JSON and a table.
+For each model and seed: `onnxprune.run` with `max_drop` and nothing else; then one round to each fixed share of the
+MACs, of which the smallest is kept whose drop, on the same samples that the first run decided by, is allowed. Written
+for both: the MACs left, the drop where it was decided, and the drop on TEST, which no run saw; JSON and a table.
 """
 
 from __future__ import annotations
@@ -46,25 +46,26 @@ def main() -> None:
     parser.add_argument("files", nargs="+", metavar="MODEL TRAIN TEST")
     parser.add_argument("--max-drop", type=float, default=1.0)
     parser.add_argument("--grid", type=int, default=len(GRID), help="the first so many shares; 0 for no grid search")
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path, default=Path("max_drop.json"))
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for model, train, test in zip(*[iter(given.files)] * 3, strict=True):
         uncut = measure(model, test)
-
-        one = result(model, train, test, uncut, RunOptions(max_drop=given.max_drop))
-        print(f"{Path(model).name}: max_drop {one}", flush=True)
-        best = None
-        for share in GRID[: given.grid]:
-            found = result(model, train, test, uncut, RunOptions(target_macs=float(share)))
-            print(f"  target_macs {share:.3f}: {found}", flush=True)
-            if found["decided"] <= given.max_drop and (best is None or found["macs"] < best["macs"]):
-                best = found
-        rows.append({"model": Path(model).name, "uncut": uncut, "max_drop": one, "grid": best})
-        given.output.write_text(json.dumps(rows, indent=1) + "\n")
+        for seed in range(given.seeds):
+            one = result(model, train, test, uncut, RunOptions(max_drop=given.max_drop, seed=seed))
+            print(f"{Path(model).name}, seed {seed}: max_drop {one}", flush=True)
+            best = None
+            for share in GRID[: given.grid]:
+                found = result(model, train, test, uncut, RunOptions(target_macs=float(share), seed=seed))
+                print(f"  target_macs {share:.3f}: {found}", flush=True)
+                if found["decided"] <= given.max_drop and (best is None or found["macs"] < best["macs"]):
+                    best = found
+            rows.append({"model": Path(model).name, "seed": seed, "uncut": uncut, "max_drop": one, "grid": best})
+            given.output.write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:
         cells = [f"{row[k]['macs']:.3f} | {row[k]['tested']:+.2f}" if row[k] else "- | -" for k in ("max_drop", "grid")]
-        print(f"| {row['model']} | {' | '.join(cells)} |")
+        print(f"| {row['model']} | {row['seed']} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
