@@ -61,6 +61,7 @@ class RunOptions:
     trainer: Trainer = "auto"
     loss: str | tuple[str, ...] = ()
     ignore_index: int | None = None
+    distil: tuple[str, ...] = ()
     distillation: float = 0.8
     temperature: float = 2.0
     smoothing: float = 0.0
@@ -108,7 +109,7 @@ class RunOptions:
     def loss_options(self) -> Loss:
         """What is asked of the loss."""
         labels = (self.loss,) if isinstance(self.loss, str) else self.loss
-        return Loss(labels, self.distillation, self.temperature, self.smoothing, self.features, self.mix)
+        return Loss(labels, self.distil, self.distillation, self.temperature, self.smoothing, self.features, self.mix)
 
     @property
     def targets(self) -> dict[str, float]:

@@ -115,15 +115,19 @@ def _cut_within(run: Context, state: State, history: list[Outcome]) -> Proposal:
         run.listener.progress("choosing a threshold", tried, EVALUATIONS)
         model, step = cut(units, survivors(units, scores, tau, rounding))
         run.repair(model, state, step)
-        return run.judge.measure(model, PROBE_SAMPLES).most
+        verdict = run.judge.measure(model, PROBE_SAMPLES)
+        return verdict.drop if tuned else verdict.most  # of luck the round decides, once it is tuned
 
     ending = len(history) + 1 >= (run.options.rounds or ROUNDS) or len(history) >= PATIENCE
-    safe = ending and not any(outcome.accepted for outcome in history)
-    tau = bisect_tau(scores, drop_at, reach(history, allowed, run.epochs > 0 and not safe))
-    if tau is not None:
-        macs = Cost(units).macs
-        before, after = macs(np.ones(units.count, bool)), macs(survivors(units, scores, tau, rounding))
-        tau = tau if after <= before * (1 - LEAST_GAIN) else None
+    tuned = run.epochs > 0 and not (ending and not any(outcome.accepted for outcome in history))
+    tau = bisect_tau(scores, drop_at, reach(history, allowed, tuned))
+    macs = Cost(units).macs
+    most = macs(np.ones(units.count, bool)) * (1 - LEAST_GAIN)
+    if tau is None and tuned and not history:  # fine-tuning may win back even more: the least cut is tried
+        least = tau_for(units, scores, rounding, lambda alive: macs(alive) <= most)
+        tau = least[0] if least else None
+    if tau is not None and macs(survivors(units, scores, tau, rounding)) > most:
+        tau = None
     return {"tau": tau, "round_to": rounding.multiple}
 
 

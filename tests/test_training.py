@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -459,6 +460,56 @@ def test_each_output_has_its_loss_weight_and_distance() -> None:
     defaults = plan_loss(model, data)
     assert [(loss.kind, loss.weight) for loss in defaults.labels] == [("cross-entropy", 1), ("mse", 1)]
     assert [distance.kind for distance in defaults.distances] == ["kl", "mse"]
+
+
+NAMED: dict[str, tuple[tuple[str, ...], Callable[[np.ndarray, np.ndarray, np.ndarray], float]]] = {
+    "an output alone": (("z=mse",), lambda y, z, h: float(np.mean(z**2) / np.mean((2 * z) ** 2))),
+    "an inner value": (("h=mse",), lambda y, z, h: 0.25),
+    "by angle": (("h=cosine",), lambda y, z, h: 0.0),
+    "by angle, the other way round": (("y=cosine",), lambda y, z, h: 2.0),
+    "between classes of a named output": (("z=kl",), lambda y, z, h: divergence(z, 2 * z)),
+    "weighed": (("h=mse:3", "y=cosine"), lambda y, z, h: (3 * 0.25 + 2.0) / 4),
+}
+INNER = """(float[N,6] x, float[6,4] w, float[4,4] u, float[6,3] v) => (float[N,4] y, float[N,3] z)
+{ h = MatMul(x, w) y = MatMul(h, u) z = MatMul(x, v) }"""
+
+
+def divergence(student: np.ndarray, teacher: np.ndarray, temperature: float = 2.0) -> float:
+    log_p, log_q = (
+        a / temperature - np.log(np.exp(a / temperature).sum(-1, keepdims=True)) for a in (teacher, student)
+    )
+    return float(temperature**2 * (np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_distances_by_name(name: str) -> None:
+    asked, expected = NAMED[name]
+    model = graph(INNER)
+    x = random_inputs(model, seed=0, batch=5)["x"]
+    plan = plan_loss(model, Dataset({"x": x}, None), Loss(distances=asked))
+    y, z = run_model(model, {"x": x})
+    h = x @ np.asarray(model.graph.initializers["w"].const_value)
+    taught = {"y": -y, "z": 2 * z, "h": 2 * h}
+    feeds = {"x": x, **{f"onnxprune.teacher.{i}": taught[v] for i, v in enumerate(plan.compared)}}
+    trains, *_ = training_graph(model, plan, {n: array.shape for n, array in feeds.items()})
+    loss, *heads = run_model(trains, {v.name: feeds[v.name] for v in trains.graph.inputs})
+    assert float(loss) == pytest.approx(expected(*(a.astype(np.float64) for a in (y, z, h))), rel=1e-4, abs=1e-6)
+    np.testing.assert_allclose(heads[0], y, rtol=1e-6)  # what accuracy is shown of stays the first output
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"), [("nothing=mse", "baseline.onnx"), ("y=far", "kl, mse, cosine"), ("y=mse:x", "no weight")]
+)
+def test_distances_that_cannot_be_are_refused(asked: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan_loss(graph(INNER), Dataset({"x": np.zeros((2, 6), np.float32)}, None), Loss(distances=(asked,)))
+
+
+def test_an_inner_value_that_was_cut_cannot_be_compared(tmp_path: Path) -> None:
+    whole, thin = graph(INNER), graph(INNER.replace("float[6,4] w, float[4,4] u", "float[6,2] w, float[2,4] u"))
+    data = Dataset({"x": random_inputs(whole, 0, batch=64)["x"]}, None)
+    with pytest.raises(TrainingError, match=r"--distil h: .*--protect"):
+        fine_tune(thin, whole, data, tmp_path / "job", TrainingOptions(loss=Loss(distances=("h=cosine",))))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from onnxprune.quantise import NUMBERS
 from onnxprune.report import Report
 from onnxprune.score import CRITERIA
 from onnxprune.threshold import INITIAL
-from onnxprune.training.losses import KINDS
+from onnxprune.training.losses import DISTANCE_KINDS, KINDS
 from onnxprune.trials import DATA_CRITERIA
 
 RUN_OPTIONS = [
@@ -159,6 +159,13 @@ TRAINING_OPTIONS = [
     ),
     click.option(
         "--distillation", type=float, default=0.8, metavar="F", help="Share of the loss against the uncut model."
+    ),
+    click.option(
+        "--distil",
+        multiple=True,
+        metavar="[VALUE=]KIND[:WEIGHT]",
+        help=f"What is compared with the uncut model: {', '.join(DISTANCE_KINDS)}, of an output or an inner value; "
+        "repeatable.  [default: all outputs]",
     ),
     click.option(
         "--features", type=float, default=1.0, metavar="F", help="Weight of inner values against the uncut model's."

@@ -30,7 +30,7 @@ from onnxprune.repair import reestimate_batch_norm
 from onnxprune.training.backward import gradient_model
 from onnxprune.training.batches import augment
 from onnxprune.training.forward import teacher_graph, training_graph, uses_batch_statistics
-from onnxprune.training.losses import Loss, plan_loss, whole_features
+from onnxprune.training.losses import Loss, check_comparable, plan_loss, whole_features
 from onnxprune.training.runtime import Trainer, choose_trainer, prepare_trainer
 from onnxprune.training.worker import write_arrays
 
@@ -175,6 +175,7 @@ def _prepare(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     loss = plan_loss(model, data, options.loss)
+    check_comparable(model, teacher, loss)
     if loss.share > 0 and options.loss.features > 0:
         loss = replace(loss, features=whole_features(model, teacher, loss), weight=options.loss.features)
     most_held = 0 if augmentation.get("task") == "gradients" else HELD_OUT

@@ -149,9 +149,24 @@ def _relative(model: ir.Model, student: ir.Value, teacher: ir.Value) -> ir.Value
     return _node(model, "Div", [_mean_square(model, student, teacher), scale])
 
 
+def _angle(model: ir.Model, student: ir.Value, teacher: ir.Value) -> ir.Value:
+    """One minus the cosine between each sample's values, mean over samples."""
+    rest = _integers(model, *range(1, len(student.shape or ())))
+
+    def dot(a: ir.Value, b: ir.Value) -> ir.Value:
+        return _node(model, "ReduceSum", [_node(model, "Mul", [a, b]), rest], {"keepdims": 0})
+
+    squares = _node(model, "Mul", [dot(student, student), dot(teacher, teacher)])
+    norms = _node(model, "Sqrt", [_node(model, "Add", [squares, _constant(model, 1e-12)])])
+    return _node(
+        model, "Sub", [_constant(model, 1.0), _mean(model, _node(model, "Div", [dot(student, teacher), norms]))]
+    )
+
+
 DISTANCES: dict[str, Callable[[ir.Model, ir.Value, ir.Value, int, float], ir.Value]] = {
     "kl": _kl,
     "mse": lambda model, student, teacher, axis, temperature: _relative(model, student, teacher),
+    "cosine": lambda model, student, teacher, axis, temperature: _angle(model, student, teacher),
 }
 
 

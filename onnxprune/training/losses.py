@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +19,9 @@ from onnxprune.training.own_loss import OwnLoss, load_own_loss
 LABELS = "onnxprune.labels"  # the name of their input; those of a further output have its name behind
 Kind = Literal["cross-entropy", "bce", "mse", "l1"]
 KINDS: tuple[Kind, ...] = ("cross-entropy", "bce", "mse", "l1")
+DistanceKind = Literal["kl", "mse", "cosine"]
+DISTANCE_KINDS: tuple[DistanceKind, ...] = ("kl", "mse", "cosine")
+K = TypeVar("K", Kind, DistanceKind)
 BEHIND = {"cross-entropy": ("Softmax", "LogSoftmax"), "bce": ("Sigmoid",)}  # what makes probabilities of the scores
 
 
@@ -27,13 +30,15 @@ class Loss:
     """What is asked of the loss.
 
     `labels` are losses on labels, each `[OUTPUT=]KIND[:WEIGHT]`, or one of the user's own (`load_own_loss`); none
-    means that kinds are chosen by the labels. `distillation` is the teacher's share of the loss, `temperature` that of
+    means that kinds are chosen by the labels. `distances` to the teacher are `[VALUE=]KIND[:WEIGHT]`, of outputs or
+    inner values; none means all outputs. `distillation` is the teacher's share of the loss, `temperature` that of
     distillation between classes, `smoothing` the share of each label that is spread over all classes.
     `features` weighs inner values against the teacher's, beside the rest, where there is distillation. With `mix`,
     pairs of samples are mixed in shares drawn from Beta(mix, mix) (Zhang et al. 2018, mixup, section 2).
     """
 
     labels: tuple[str, ...] = ()
+    distances: tuple[str, ...] = ()
     distillation: float = 0.5
     temperature: float = 2.0
     smoothing: float = 0.0
@@ -58,10 +63,14 @@ class LabelLoss:
 
 @dataclass(frozen=True)
 class Distance:
-    """How a value is compared with the teacher's: KL divergence over classes along `axis`, or mean square error."""
+    """How a value is compared with the teacher's.
+
+    By KL divergence over classes along `axis`, mean square error, or one minus the cosine of each sample. What weighs
+    nothing is only looked at.
+    """
 
     value: str
-    kind: Literal["kl", "mse"]
+    kind: DistanceKind
     axis: int = -1
     weight: float = 1.0
 
@@ -70,7 +79,8 @@ class Distance:
 class LossPlan:
     """What is minimised: losses on labels, if there are any, and distances to the uncut model, `share` of the whole.
 
-    `features` are inner values that are compared as well, each weighed by `weight`.
+    The first distances are those of the outputs, in order. `features` are inner values that are compared as well, each
+    weighed by `weight`.
     """
 
     labels: tuple[LabelLoss, ...]
@@ -85,7 +95,7 @@ class LossPlan:
 
     @property
     def values(self) -> tuple[str, ...]:
-        """The values that the model is judged by, an output each."""
+        """The values that the model is judged by: of each output, then inner ones that were asked for."""
         return tuple(distance.value for distance in self.distances)
 
     @property
@@ -110,8 +120,8 @@ class LossPlan:
 def plan_loss(model: ir.Model, data: Dataset, asked: Loss | None = None) -> LossPlan:
     """The loss for a model and data: labels and distillation, or distillation alone without labels.
 
-    Raises `UsageError` for a loss that the labels or the model don't fit, and `TrainingError` for a model without an
-    output to learn from.
+    Raises `UsageError` for a loss that the labels or the model don't fit, or a value that the model hasn't, and
+    `TrainingError` for a model without an output to learn from.
     """
     asked = asked or Loss()
     outputs = {v.name or "": v for v in model.graph.outputs if v.dtype is None or v.dtype.is_floating_point()}
@@ -119,18 +129,22 @@ def plan_loss(model: ir.Model, data: Dataset, asked: Loss | None = None) -> Loss
         raise TrainingError("no output of the model is a float, so there is nothing to learn from; use --epochs 0")
     if asked.mix and not all(value.dtype == ir.DataType.FLOAT for value in model_inputs(model)):
         raise UsageError("--mix mixes samples, which takes inputs of float32")
-    own = [text for text in asked.labels if _split(text) is None]
+    own = [text for text in asked.labels if _split("loss", text, KINDS) is None]
     if len(asked.labels) > 1 and own:
         raise UsageError(
             f"--loss {own[0]} isn't one of {', '.join(KINDS)}, and a loss of your own can't be combined with others"
         )
-    wanted = [split for text in asked.labels if (split := _split(text))]
+    wanted: list[tuple[str, Kind | None, float]] = [
+        split for text in asked.labels if (split := _split("loss", text, KINDS)) is not None
+    ]
     if not asked.labels:
-        wanted = [(name, None, 1.0) for name in outputs if data.labels_of(_key(model, name)) is not None]
+        wanted += [(name, None, 1.0) for name in outputs if data.labels_of(_key(model, name)) is not None]
     losses = dict(_label_loss(model, data, outputs, *each) for each in wanted)
     if len(losses) < len(wanted):
         raise UsageError("--loss: give each output one loss")
     distances = tuple(_distance(value, losses.get(name)) for name, value in outputs.items())
+    if asked.distances:
+        distances = _named_distances(model, asked.distances, dict(zip(outputs, distances, strict=True)))
     share = asked.distillation if losses or own else 1.0
     return LossPlan(
         tuple(losses.values()), distances, share, load_own_loss(own[0], model, data) if own else None,
@@ -138,16 +152,52 @@ def plan_loss(model: ir.Model, data: Dataset, asked: Loss | None = None) -> Loss
     )  # fmt: skip
 
 
-def _split(text: str) -> tuple[str, Kind | None, float] | None:
-    """The output (or ""), kind and weight of `[OUTPUT=]KIND[:WEIGHT]`; None for what isn't of that form."""
-    output, _, rest = text.rpartition("=")
-    kind, _, weight = rest.partition(":")
-    if kind not in KINDS:
+def _split(option: str, text: str, kinds: Sequence[K]) -> tuple[str, K, float] | None:
+    """The name (or ""), kind and weight of `[NAME=]KIND[:WEIGHT]`; None for what isn't of that form."""
+    name, _, rest = text.rpartition("=")
+    word, _, weight = rest.partition(":")
+    kind = next((each for each in kinds if each == word), None)
+    if kind is None:
         return None
     try:
-        return output, kind, float(weight or 1)
+        return name, kind, float(weight or 1)
     except ValueError:
-        raise UsageError(f"--loss {text}: {weight!r} is no weight; give [OUTPUT=]KIND[:WEIGHT]") from None
+        raise UsageError(f"--{option} {text}: {weight!r} is no weight; give [NAME=]KIND[:WEIGHT]") from None
+
+
+def _named_distances(model: ir.Model, asked: Sequence[str], outputs: dict[str, Distance]) -> tuple[Distance, ...]:
+    """The outputs' distances, as they are asked for or without a weight, and those of inner values."""
+    inner = {value.name or "": value for node in model.graph for value in node.outputs}
+    found = {name: replace(distance, weight=0.0) for name, distance in outputs.items()}
+    for text in asked:
+        split = _split("distil", text, DISTANCE_KINDS)
+        if split is None:
+            raise UsageError(f"--distil {text}: give [VALUE=]KIND[:WEIGHT], of {', '.join(DISTANCE_KINDS)}")
+        name, kind, weight = split[0] or next(iter(outputs)), split[1], split[2]
+        if name in outputs:
+            found[name] = replace(found[name], kind=kind, weight=weight)
+        elif name in inner:
+            found[name] = Distance(name, kind, _class_axis(inner[name], None), weight)
+        else:
+            raise UsageError(
+                f"--distil {text}: the model has no value {name!r} once it is normalised; its outputs are "
+                f"{', '.join(outputs)}, and its inner values are in the run folder's baseline.onnx"
+            )
+    return tuple(found.values())
+
+
+def check_comparable(model: ir.Model, teacher: ir.Model, loss: LossPlan) -> None:
+    """Raises `TrainingError` for a value that is to be compared and lost some of its channels."""
+    shapes, wholes = all_shapes(model), all_shapes(teacher)
+    values = ({value.name: value for node in each.graph for value in node.outputs} for each in (model, teacher))
+    here, there = values
+    for distance in loss.distances:
+        found, whole = shapes(here[distance.value]), wholes(there[distance.value])
+        if distance.weight > 0 and found != whole:
+            raise TrainingError(
+                f"--distil {distance.value}: the cut model's {found} can't be compared with the uncut model's {whole}; "
+                "protect the parameters of its layer (--protect), or name another value"
+            )
 
 
 def _label_loss(
