@@ -70,6 +70,7 @@ class RunOptions:
     ema: float = 0.0
     stop_after: int | None = None
     freeze: tuple[str, ...] = ()
+    batch_statistics: bool = False
     batch: int = 64
     bench_seconds: float = 4.0
     quantize: Numbers | None = None

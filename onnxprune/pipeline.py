@@ -298,6 +298,7 @@ class Run(Context):
             ema=self.options.ema,
             stop_after=self.options.stop_after,
             freeze=self.options.freeze,
+            batch_statistics=self.options.batch_statistics,
             threads=self.options.threads or os.cpu_count() or 1,
             seed=self.options.seed + number,
         )

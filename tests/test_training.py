@@ -94,7 +94,7 @@ def test_the_training_graph_of_a_model_computes_the_same(name: str) -> None:
 
 def test_adamw_follows_its_algorithm() -> None:
     w, g = np.array([[1.0, -2.0]], np.float32), np.array([[0.5, 0.1]], np.float32)
-    optimizer = AdamW({"w": w}, decay=0.1)
+    optimizer = AdamW({"w": w}, decay=0.1, relative=False)
     m = v = np.zeros((1, 2))
     expected = w.astype(np.float64).copy()
     for t in range(1, 4):
@@ -102,6 +102,25 @@ def test_adamw_follows_its_algorithm() -> None:
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
         expected = expected * (1 - 0.01 * 0.1) - 0.01 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
     np.testing.assert_allclose(w, expected, rtol=1e-5)
+
+
+def test_relative_steps_dont_hang_on_the_scale_of_a_matrix() -> None:
+    """A network whose inputs are a thousand times larger, and its first matrix so much smaller, trains the same."""
+    rng = np.random.default_rng(0)
+    w, b = rng.standard_normal((3, 4)).astype(np.float32), np.zeros(4, np.float32)
+    small = {"w": w * np.float32(0.01), "b": b.copy()}
+    large = {"w": w.copy(), "b": b.copy()}
+    optimizers = [AdamW(weights, decay=0.1) for weights in (small, large)]
+    for _ in range(5):
+        g, h = rng.standard_normal((3, 4)).astype(np.float32), rng.standard_normal(4).astype(np.float32)
+        for optimizer, gradient in zip(optimizers, (g * 100, g), strict=True):
+            optimizer.step({"w": gradient, "b": h}, 0.01)
+    np.testing.assert_allclose(100 * small["w"], large["w"], rtol=1e-4)
+    np.testing.assert_allclose(small["b"], large["b"], rtol=1e-6)
+    assert np.abs(large["w"] - w).max() > 0.1
+    zero = {"w": np.zeros((3, 4), np.float32)}
+    AdamW(zero, decay=0.1).step({"w": g}, 0.01)
+    assert np.abs(zero["w"]).min() > 0
 
 
 def test_the_schedule_warms_up_and_falls() -> None:

@@ -63,7 +63,9 @@ def ours(path: str, trainer: str, threads: int, shape: list[int]) -> float:
         if event["event"] == "step":
             moments.append(time.perf_counter())
 
-    options = TrainingOptions(trainer, epochs=STEPS, lr=1e-4, threads=threads, loss=Loss(distillation=0.0))  # type: ignore[arg-type]
+    options = TrainingOptions(
+        trainer, epochs=STEPS, lr=1e-4, threads=threads, loss=Loss(distillation=0.0), batch_statistics=True
+    )  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
         fine_tune(model.clone(), model, data, Path(folder) / "job", options, progress=listen)
     return float(np.median(np.diff(moments)[SKIPPED:]))

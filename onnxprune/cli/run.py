@@ -186,6 +186,11 @@ TRAINING_OPTIONS = [
         help="End fine-tuning after N epochs without a lower loss on samples held out.",
     ),
     click.option(
+        "--batch-statistics",
+        is_flag=True,
+        help="Batch normalisation trains on the statistics of each shard, in place of those that it has.",
+    ),
+    click.option(
         "--freeze",
         multiple=True,
         metavar="PATTERN",

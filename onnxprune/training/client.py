@@ -57,7 +57,9 @@ class TrainingOptions:
     `memory_limit` how many bytes training may take beside the runtime itself.
     With `ema` the result is an average of the weights that forgets by this factor in each step; `stop_after` ends
     training after so many epochs without a lower loss on held-out samples; parameters whose names match one of the
-    patterns in `freeze` stay as they are. A batch is worked on in shards, so its size doesn't decide the memory.
+    patterns in `freeze` stay as they are. Batch normalisation keeps its statistics, or with
+    `batch_statistics` takes those of each shard, and those of the data in the end. A batch is worked on in shards, so
+    its size doesn't decide the memory.
     """
 
     trainer: Trainer = "auto"
@@ -71,6 +73,7 @@ class TrainingOptions:
     ema: float = 0.0
     stop_after: int | None = None
     freeze: tuple[str, ...] = ()
+    batch_statistics: bool = False
     threads: int = 2
     seed: int = 0
     checkpoint_seconds: float = 20.0
@@ -91,7 +94,7 @@ def fine_tune(
     """Trains the parameters of `model` in place, in a worker process.
 
     A part of the data, at most 512 samples and a tenth, is held out: what comes back are the weights after the epoch
-    that did best on it, and batch normalisation's statistics under them. `fading` names, by boolean arrays, parts of
+    that did best on it. `fading` names, by boolean arrays, parts of
     parameters that shrink to a hundredth on the way, the faster the further it is (growing regularisation: Wang et al.
     2021, Neural Pruning via Growing Regularization, section 3.2, here as decoupled decay).
 
@@ -111,7 +114,8 @@ def fine_tune(
             raise TrainingError(f"training failed (disk): {error.strerror}: {folder}; free some space") from error
     for name, array in _work(folder, runtime, options, progress).items():
         model.graph.initializers[name].const_value = ir.tensor(array, name=name)
-    if uses_batch_statistics(model, json.loads((folder / "job.json").read_text())["shard"]):
+    shard = json.loads((folder / "job.json").read_text())["shard"]
+    if options.batch_statistics and uses_batch_statistics(model, shard):
         reestimate_batch_norm(model, data, options.threads)
 
 
@@ -141,7 +145,7 @@ def minimise(
     differentiated = _save_graph(graph, names, folder, options.trainer)
     name = graph.graph.inputs[0].name or ""
     inputs = {name: str(_array_file(folder, "input0", np.arange(count)))}
-    _write_job(folder, options, {**differentiated, "inputs": inputs, "batch": count})
+    _write_job(folder, options, {**differentiated, "inputs": inputs, "batch": count, "relative": False})
     return _work(folder, runtime, options, progress)
 
 
@@ -182,7 +186,9 @@ def _prepare(
     shard, batch, held = _portions(len(data), options.batch, fixed_batch(model), most_held)
     arrays = {**data.inputs, **loss.targets(data)}
     sizes = {name: (shard, *array.shape[1:]) for name, array in arrays.items()}
-    graph, names, frozen = training_graph(model, loss, sizes, options.freeze, choose_trainer(options.trainer))
+    graph, names, frozen = training_graph(
+        model, loss, sizes, options.freeze, choose_trainer(options.trainer), options.batch_statistics
+    )
     for reason, count in Counter(frozen.values()).items():
         note(f"fine-tuning leaves {count} initializers as they are: {reason}")
     differentiated = _save_graph(graph, names, folder, options.trainer)
@@ -241,6 +247,7 @@ def _write_job(folder: Path, options: TrainingOptions, given: dict[str, Any]) ->
         "shard": SHARD,
         "held": 0,
         "fading": None,
+        "relative": True,
         "flip": False,
         "shift": 0,
         "layout": "nchw",

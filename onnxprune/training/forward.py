@@ -26,13 +26,19 @@ FEWEST = 8  # samples whose statistics batch normalisation can train on
 
 
 def training_graph(
-    model: ir.Model, loss: LossPlan, sizes: Sizes, freeze: Sequence[str] = (), trainer: Trainer = "ort"
+    model: ir.Model,
+    loss: LossPlan,
+    sizes: Sizes,
+    freeze: Sequence[str] = (),
+    trainer: Trainer = "ort",
+    batch_statistics: bool = False,
 ) -> tuple[ir.Model, list[str], dict[str, str]]:
     """A copy of a model whose first output is the loss and whose operators have gradients, and what trains in it.
 
-    `sizes` are the shapes of its inputs, and of the labels where there are any. Where these are fewer than eight
-    samples, batch normalisation keeps the statistics it has. Returns the graph, the parameters that train, and those
-    that can't, because the loss hangs on them through an operator without a gradient, with the reason.
+    `sizes` are the shapes of its inputs, and of the labels where there are any. Batch normalisation keeps the
+    statistics it has, or with `batch_statistics` takes those of the samples, where they are at least eight. Returns the
+    graph, the parameters that train, and those that can't, because the loss hangs on them through an operator without a
+    gradient, with the reason.
     Raises `TrainingError` if nothing can train.
     """
     names = trainable(model, freeze)
@@ -43,7 +49,7 @@ def training_graph(
     add_loss(graph, loss, sizes)
     samples = next(iter(sizes.values()))[0]
     gradients = differentiable() if trainer == "graph" else None
-    blocked = lower(graph, shapes, uses_batch_statistics(model, samples), gradients)
+    blocked = lower(graph, shapes, batch_statistics and uses_batch_statistics(model, samples), gradients)
     frozen = behind(blocked, names)
     left = [name for name in names if name not in frozen]
     if not left:
@@ -63,7 +69,7 @@ def untrainable(model: ir.Model) -> dict[str, str]:
 
 
 def uses_batch_statistics(model: ir.Model, samples: int) -> bool:
-    """Whether batch normalisation trains on the statistics of so many samples, or keeps those it has."""
+    """Whether there is batch normalisation, and it can train on the statistics of so many samples."""
     return samples >= FEWEST and any(node.op_type == "BatchNormalization" for node in model.graph)
 
 

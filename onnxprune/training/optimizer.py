@@ -11,15 +11,22 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 WARM = 0.05  # of the training
+USUAL, LEAST = 0.1, 1e-3  # root mean squares of a matrix: at which the rate is the step, and the least that counts
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2); vectors and scalars don't decay."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2); vectors and scalars don't decay.
 
-    def __init__(self, weights: dict[str, Array], decay: float) -> None:
+    With `relative`, the steps of a matrix are in proportion to the root mean square that it starts with (Shazeer and
+    Stern 2018, Adafactor, section 8): where normalisation is folded, or inputs are in 0 to 255, matrices differ a
+    hundredfold in scale, and a step that suits one would wipe out another.
+    """
+
+    def __init__(self, weights: dict[str, Array], decay: float, relative: bool = True) -> None:
         self.weights, self.decay, self.step_count = weights, decay, 0
         self.first = {name: np.zeros_like(array) for name, array in weights.items()}
         self.second = {name: np.zeros_like(array) for name, array in weights.items()}
+        self.scale = {name: scale_of(array) if relative else np.float32(1) for name, array in weights.items()}
 
     def step(self, gradients: dict[str, Array], rate: float) -> None:
         """Changes the weights in place."""
@@ -31,7 +38,14 @@ class AdamW:
             v += np.float32(1 - BETAS[1]) * (np.square(gradient) - v)
             if w.ndim > 1:
                 w *= np.float32(1 - rate * self.decay)
-            w -= np.float32(rate / one) * m / (np.sqrt(v / np.float32(two)) + np.float32(EPSILON))
+            w -= self.scale[name] * np.float32(rate / one) * m / (np.sqrt(v / np.float32(two)) + np.float32(EPSILON))
+
+
+def scale_of(array: Array) -> np.float32:
+    """What the steps of a parameter are multiplied by; 1 for a vector or a scalar."""
+    if array.ndim < 2:
+        return np.float32(1)
+    return np.float32(max(math.sqrt(np.square(array, dtype=np.float64).mean()), LEAST) / USUAL)
 
 
 def learning_rate(progress: float, peak: float) -> float:

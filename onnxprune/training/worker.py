@@ -129,7 +129,7 @@ class Trainer:
             self.session = self._session(onnxruntime, str(folder / "backward.onnx"))
         self.teacher = self._session(onnxruntime, str(folder / "teacher.onnx")) if self.job["distil"] else None
         self.batches = Batches(self.job)
-        self.optimizer = AdamW(self.weights, self.job["weight_decay"])
+        self.optimizer = AdamW(self.weights, self.job["weight_decay"], self.job["relative"])
         self.fading = dict(np.load(self.job["fading"])) if self.job["fading"] else {}
         self.average = {name: array.copy() for name, array in self.weights.items()} if self.job["ema"] else {}
         self.best, self.lowest, self.epochs_since, self.spent = dict[str, Array](), math.inf, 0, 0.0
