@@ -57,7 +57,7 @@ MOST_HELD, MOST_MEASURED = 5000, 1000  # where the drop decides, and where it is
 
 OVER = 1.05  # times the time asked that still counts as met
 
-RATE, RATE_WITH_BATCH_NORM = 1e-3, 1.5e-3  # of AdamW, when not given
+RATE = 1.5e-3  # of AdamW, when not given
 
 Data = str | Sequence[str] | Mapping[str, NDArray[Any]]
 
@@ -292,7 +292,7 @@ class Run(Context):
             trainer=self.options.trainer,
             epochs=epochs,
             seconds=seconds,
-            lr=self.options.lr or default_rate(model),
+            lr=self.options.lr or RATE,
             batch=self.options.batch,
             loss=self.options.loss_options,
             ema=self.options.ema,
@@ -405,12 +405,6 @@ class Run(Context):
             "drop": drop if self.judge.measured else None,
             "met": bool(met),
         }
-
-
-def default_rate(model: ir.Model) -> float:
-    """A peak learning rate: networks with batch normalisation bear, and use, a higher one."""
-    normalised = any(node.op_type == "BatchNormalization" for node in model.graph)
-    return RATE_WITH_BATCH_NORM if normalised else RATE
 
 
 def failed_record(proposal: Proposal, error: TrainingError) -> Record:

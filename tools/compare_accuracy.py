@@ -32,7 +32,7 @@ from onnxprune.evaluate import find_metric, predict
 from onnxprune.labels import analyse
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
-from onnxprune.pipeline import default_rate
+from onnxprune.pipeline import RATE
 from onnxprune.sources import ImageOptions, as_dataset
 from onnxprune.training.client import choose_augmentation
 from onnxprune.units import find_units
@@ -115,7 +115,7 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if given.peer_python:
                 job = {
                     "model": given.model, "share": share, "seed": seed, "out": str(out), "epochs": given.epochs,
-                    "lr": given.lr or default_rate(model), "batch": RunOptions().batch, "threads": given.threads or 2,
+                    "lr": given.lr or RATE, "batch": RunOptions().batch, "threads": given.threads or 2,
                     "calibration": str(folder / "calibration.npy"), "images": str(folder / "images.npy"),
                     "labels": str(folder / "labels.npy"), "flip": augmentation.get("flip", False),
                     "shift": augmentation.get("shift", 0),
