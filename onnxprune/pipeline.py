@@ -355,29 +355,15 @@ class Run(Context):
         paths = (self.source, self.output)
         results = bench_models(paths, self.options.providers, self.options.threads, seconds=self.options.bench_seconds)
         latencies, memory, speedup = latency_sides(results)
-        all_costs = (self.base_costs, costs_of(find_units(analyse(state.model))))
+        costs = costs_of(find_units(analyse(state.model)))
         verdicts = [self.judge.measure(open_model(path)) for path in paths]
-        sides = [
-            Side(
-                str(path),
-                costs["macs"],
-                costs["params"],
-                model_bytes(path),
-                {"name": self.judge.metric.name, "value": verdict.value} if self.judge.measured else None,
-                {"cosine": verdict.cosine},
-                latencies[index],
-                memory[index],
-            )
-            for index, (path, costs, verdict) in enumerate(zip(paths, all_costs, verdicts, strict=True))
-        ]
+        before, after = map(self._side, paths, (self.base_costs, costs), verdicts, latencies, memory)
         report = Report(
-            baseline=sides[0],
-            pruned=sides[1],
+            baseline=before,
+            pruned=after,
             rounds=tuple(records),
             widths=widths(self.baseline, state.model),
-            target=self._verdict(
-                all_costs[1], 1 / results[1].against_first.speedup, verdicts[1].drop - verdicts[0].drop
-            ),
+            target=self._verdict(costs, 1 / results[1].against_first.speedup, verdicts[1].drop - verdicts[0].drop),
             speedup=speedup,
             notes=tuple(self.notes),
             contest=contest(self),
@@ -389,6 +375,18 @@ class Run(Context):
         )
         write_json(self.folder / "report.json", report.to_json())
         return report
+
+    def _side(
+        self,
+        path: Path,
+        costs: dict[str, int],
+        verdict: Verdict,
+        latency: dict[str, dict[str, float]],
+        memory: dict[str, int],
+    ) -> Side:
+        metric = {"name": self.judge.metric.name, "value": verdict.value} if self.judge.measured else None
+        fidelity = {"cosine": verdict.cosine}
+        return Side(str(path), costs["macs"], costs["params"], model_bytes(path), metric, fidelity, latency, memory)
 
     def _verdict(self, costs: dict[str, int], time: float, drop: float) -> dict[str, Any]:
         """What was asked, what was reached, and whether that is enough; time, which varies, may be 5 % over."""
