@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 
 import onnxprune
-from onnxprune import RunOptions, TrainingError, UsageError, pipeline
+from onnxprune import RunOptions, TrainingError, UsageError, pipeline, proposals
 from onnxprune.threshold import published_tau
 from onnxprune.training import fine_tune
 from tests.conftest import MODELS, needs_training
@@ -23,6 +23,7 @@ QUICK: dict[str, Any] = {"epochs": 0, "bench_seconds": 0.1}
 
 
 def run(folder: Path, resume: bool = False, **options: Any) -> onnxprune.Report:
+    folder.mkdir(exist_ok=True)
     return onnxprune.run(
         MODEL,
         DIGITS,
@@ -38,8 +39,6 @@ def digest(path: Path) -> str:
 
 
 def test_a_rolled_back_round_leaves_no_trace(tmp_path: Path) -> None:
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
     # The first cut is kept; the way on costs more than the first one did, and is undone.
     one = run(tmp_path / "one", target_macs=0.4, rounds=1)
     most = one.rounds[0]["drop"] + one.rounds[0]["drop_error"] + 1e-6
@@ -51,6 +50,15 @@ def test_a_rolled_back_round_leaves_no_trace(tmp_path: Path) -> None:
     assert two.pruned.macs == kept[-1]["macs"]
     if len(kept) == 1:
         assert digest(tmp_path / "one" / "out.onnx") == digest(tmp_path / "two" / "out.onnx")
+
+
+@needs_training
+def test_where_every_cut_costs_too_much_the_least_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine-tuning may win back more than was hoped for; without it nothing is tried."""
+    monkeypatch.setattr(proposals, "bisect_tau", lambda *arguments: None)
+    tuned = run(tmp_path, max_drop=1.0, epochs=1)
+    assert len(tuned.rounds) == 1 and 0.5 < tuned.rounds[0]["macs_share"] < 0.99
+    assert not run(tmp_path / "untuned", max_drop=1.0).rounds
 
 
 def test_a_failing_round_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
