@@ -96,7 +96,23 @@ FUSED = {
     "{ q = MatMul(x, w) k = MatMul(x, u) y = com.microsoft.MultiHeadAttention<num_heads=2>(q, k, x, b, , a) }",
 }
 
+STATISTICS = (
+    "t = Constant<value = float[8] {0.3,-0.2,0.5,0.1,-0.4,0.2,0.0,0.6}>() "
+    "u = Constant<value = float[8] {0.5,1.2,0.9,2.0,0.3,1.0,0.7,1.5}>() "
+)
+NORMED = f"{STATISTICS} p = BatchNormalization<epsilon=0.01>(h, s, b, t, u)"
+
 ROWS: dict[str, tuple[str, int]] = {
+    "batch norm after a convolution": (on_map(NORMED), 21),
+    "batch norm after a grouped convolution": (
+        on_map(NORMED).replace("float[8,3,1,1] w", "float[8,1,3,3] w, float[8,3,1,1] k").replace(
+            "h = Conv(x, w, b)", "g = Conv(x, k) h = Conv<group=8, pads=[1,1,1,1]>(g, w)"
+        ), 21,
+    ),
+    "batch norm after a convolution that is read elsewhere": (
+        on_map(f"{NORMED.replace('p = ', 'q = ')} p = Add(q, h)"), 21,
+    ),
+    "batch norm of rows": (on_row(NORMED, ", float[8] b"), 21),
     "hard swish": (on_map("p = HardSwish(h)"), 21),
     "hard sigmoid": (on_map("p = HardSigmoid<alpha=0.3, beta=0.4>(h)"), 21),
     "prelu": (on_row("p = PRelu(h, s)"), 21),
