@@ -517,11 +517,17 @@ def test_distances_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"), [("nothing=mse", "baseline.onnx"), ("y=far", "kl, mse, cosine"), ("y=mse:x", "no weight")]
+    ("asked", "message"),
+    [
+        (("hh=mse",), "nearest are h,"),
+        (("y=far",), "kl, mse, cosine"),
+        (("y=mse:x",), "no weight"),
+        (("y=kl", "kl"), "one distance"),
+    ],
 )
-def test_distances_that_cannot_be_are_refused(asked: str, message: str) -> None:
+def test_distances_that_cannot_be_are_refused(asked: tuple[str, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        plan_loss(graph(INNER), Dataset({"x": np.zeros((2, 6), np.float32)}, None), Loss(distances=(asked,)))
+        plan_loss(graph(INNER), Dataset({"x": np.zeros((2, 6), np.float32)}, None), Loss(distances=asked))
 
 
 def test_an_inner_value_that_was_cut_cannot_be_compared(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -169,6 +170,7 @@ def _named_distances(model: ir.Model, asked: Sequence[str], outputs: dict[str, D
     """The outputs' distances, as they are asked for or without a weight, and those of inner values."""
     inner = {value.name or "": value for node in model.graph for value in node.outputs}
     found = {name: replace(distance, weight=0.0) for name, distance in outputs.items()}
+    named = set[str]()
     for text in asked:
         split = _split("distil", text, DISTANCE_KINDS)
         if split is None:
@@ -179,10 +181,11 @@ def _named_distances(model: ir.Model, asked: Sequence[str], outputs: dict[str, D
         elif name in inner:
             found[name] = Distance(name, kind, _class_axis(inner[name], None), weight)
         else:
-            raise UsageError(
-                f"--distil {text}: the model has no value {name!r} once it is normalised; its outputs are "
-                f"{', '.join(outputs)}, and its inner values are in the run folder's baseline.onnx"
-            )
+            near = difflib.get_close_matches(name, [*outputs, *inner], cutoff=0)
+            raise UsageError(f"--distil {text}: the model has no value {name!r}; the nearest are {', '.join(near)}")
+        if name in named:
+            raise UsageError(f"--distil {text}: give each value one distance")
+        named.add(name)
     return tuple(found.values())
 
 
