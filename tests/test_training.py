@@ -105,7 +105,7 @@ def test_adamw_follows_its_algorithm() -> None:
 
 
 def test_relative_steps_dont_hang_on_the_scale_of_a_matrix() -> None:
-    """A network whose inputs are a thousand times larger, and its first matrix so much smaller, trains the same."""
+    """A network whose inputs are a hundred times larger, and its first matrix so much smaller, trains the same."""
     rng = np.random.default_rng(0)
     w, b = rng.standard_normal((3, 4)).astype(np.float32), np.zeros(4, np.float32)
     small = {"w": w * np.float32(0.01), "b": b.copy()}

@@ -142,7 +142,7 @@ TRAINING_OPTIONS = [
         "--lr",
         type=float,
         metavar="F",
-        help="Peak learning rate of AdamW, in a tenth of a matrix's scale.  [default: 0.0015]",
+        help="Peak learning rate of AdamW, for weights of 0.1; others in proportion.  [default: 0.0015]",
     ),
     click.option("--batch", type=int, default=64, metavar="N", help="Samples of a training step, in shards of 32."),
     click.option(

@@ -94,9 +94,9 @@ def fine_tune(
     """Trains the parameters of `model` in place, in a worker process.
 
     A part of the data, at most 512 samples and a tenth, is held out: what comes back are the weights after the epoch
-    that did best on it. `fading` names, by boolean arrays, parts of
-    parameters that shrink to a hundredth on the way, the faster the further it is (growing regularisation: Wang et al.
-    2021, Neural Pruning via Growing Regularization, section 3.2, here as decoupled decay).
+    that did best on it. `fading` names, by boolean arrays, parts of parameters that shrink to a hundredth on the way,
+    the faster the further it is (growing regularisation: Wang et al. 2021, Neural Pruning via Growing Regularization,
+    section 3.2, here as decoupled decay).
 
     A folder that holds a job already is resumed from its last checkpoint: the result is equal to the bit to that of a
     run that was not interrupted. Raises `TrainingError` when the worker fails, dies, hangs or is out of memory; `model`
@@ -179,7 +179,8 @@ def _prepare(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     loss = plan_loss(model, data, options.loss)
-    check_comparable(model, teacher, loss)
+    if options.loss.distances:
+        check_comparable(model, teacher, loss)
     if loss.share > 0 and options.loss.features > 0:
         loss = replace(loss, features=whole_features(model, teacher, loss), weight=options.loss.features)
     most_held = 0 if augmentation.get("task") == "gradients" else HELD_OUT
