@@ -101,6 +101,11 @@ def product_width(node: ir.Node, kind: str, size: Size) -> float:
     return math.sqrt(math.prod(weight[-2:] if kind == "matmul" else weight[:2]))
 
 
+def _stepped(width: int, step: int) -> int:
+    """A width rounded up to a multiple of `step`; kernels that work in steps aren't used below one."""
+    return -(-width // step) * step if width > step else width
+
+
 class Cost:
     """What a model costs when only some components survive, without cutting it.
 
@@ -180,7 +185,7 @@ class Cost:
         return shares
 
     def _sizes(self, alive: Alive, step: int = 1) -> Callable[[ir.Value], tuple[int, ...] | None]:
-        """The shape of each value, with axes that lost units rounded up to a multiple of `step`."""
+        """The shape of each value, with axes that lost units rounded up to a multiple of `step` from there on."""
         known: dict[ir.Value, tuple[int, ...] | None] = {}
 
         def size(value: ir.Value) -> tuple[int, ...] | None:
@@ -189,7 +194,7 @@ class Cost:
                 axes = self._axes.get(value, ())
                 if shape is not None and len(axes) == len(shape):
                     shape = tuple(
-                        dim if vector is None else min(-(-int(alive[vector].sum()) // step) * step, dim)
+                        dim if vector is None else min(_stepped(int(alive[vector].sum()), step), dim)
                         for dim, vector in zip(shape, axes, strict=True)
                     )
                 known[value] = shape

@@ -31,20 +31,21 @@ def time_share(uncut: Path, model: ir.Model, provider: str, threads: int | None)
 def correct(asked: float, cut_at: Callable[[float], tuple[float, float] | None]) -> tuple[float, float] | None:
     """The threshold of the slowest cut whose measured time is at most `asked`, as a share of the uncut time.
 
-    `cut_at(estimate)` gives the threshold whose estimated time is that share, and the measured one; or None where no
-    cut is so fast. Where no trial is within the time, the fastest is given back. Returns (threshold, measured).
+    `cut_at(way)` gives a threshold and the share measured there: the way is 1 to the uncut model and 0 to the narrowest
+    one, with estimated times evenly in between (not measured ones: estimates are off); or None where no cut is so fast.
+    Where no trial is within the time, the fastest is given back. Returns (threshold, measured).
     """
     tried = list[tuple[float, float]]()
-    below, above = (0.0, 0.0), (1.0, 1.0)  # (estimate, measured): the slowest within the time, the fastest beyond it
+    below, above = (0.0, 0.0), (1.0, 1.0)  # (way, measured): the slowest within the time, the fastest beyond it
     for _ in range(CORRECTIONS):
-        way = ((1 + NEAR) / 2 * asked - below[1]) / max(above[1] - below[1], 1e-9)
-        estimate = below[0] + float(np.clip(way, INSIDE, 1 - INSIDE)) * (above[0] - below[0])
-        found = cut_at(estimate)
+        step = ((1 + NEAR) / 2 * asked - below[1]) / max(above[1] - below[1], 1e-9)
+        way = below[0] + float(np.clip(step, INSIDE, 1 - INSIDE)) * (above[0] - below[0])
+        found = cut_at(way)
         if found is None:
             break
         tried.append(found)
         if NEAR * asked <= found[1] <= asked:
             break
-        below, above = ((estimate, found[1]), above) if found[1] <= asked else (below, (estimate, found[1]))
+        below, above = ((way, found[1]), above) if found[1] <= asked else (below, (way, found[1]))
     within = [each for each in tried if each[1] <= asked]
     return max(within, key=lambda each: each[1]) if within else min(tried, key=lambda each: each[1], default=None)

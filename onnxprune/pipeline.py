@@ -57,7 +57,6 @@ MOST_HELD, MOST_MEASURED = 5000, 1000  # where the drop decides, and where it is
 
 OVER = 1.05  # times the time asked that still counts as met
 
-RATE = 1.5e-3  # of AdamW, when not given
 
 Data = str | Sequence[str] | Mapping[str, NDArray[Any]]
 
@@ -134,8 +133,8 @@ def _load(
             raise UsageError("--max-drop and --metric need data to measure on: give --data")
         if options.sparsify or options.minutes is not None:
             raise UsageError("--sparsify and --minutes are for fine-tuning, which needs data: give --data")
-        if options.criterion == AUTO:
-            raise UsageError("--criterion auto tries criteria on data: give --data, or name one")
+        if AUTO in (options.criterion, options.scope):
+            raise UsageError("--criterion auto and --scope auto try several on data: give --data, or name one")
         notes.append("no data: scored by weights alone; accuracy was not measured")
         return None, random_dataset(model, 64, options.seed)
     most = MOST_MEASURED if options.targets and options.max_drop is None else MOST_HELD
@@ -292,7 +291,7 @@ class Run(Context):
             trainer=self.options.trainer,
             epochs=epochs,
             seconds=seconds,
-            lr=self.options.lr or RATE,
+            lr=self.options.lr,
             batch=self.options.batch,
             loss=self.options.loss_options,
             ema=self.options.ema,

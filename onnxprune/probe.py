@@ -28,8 +28,8 @@ from onnxprune.files import write_json
 CPU = "CPUExecutionProvider"
 KINDS = ("conv", "pointwise", "depthwise", "matmul")  # products, by what runs them
 LAYERS, MANY, SIDE, WIDTH = 4, 24, 28, 64  # of the models that are timed
-SPEED_WIDTHS = (8, 16, 32, 64, 128)
-FORMAT = 2  # of what is kept
+SPEED_WIDTHS = (4, 8, 16, 32, 64, 128)
+FORMAT = 3  # of what is kept
 READ = 1024  # width of products at one position, whose time is that of reading their weights
 ROUNDS = 40
 STEPS = (1, 2, 4, 8, 16, 32)

@@ -13,7 +13,7 @@ from onnxprune.cost import Cost
 from onnxprune.cut import cut
 from onnxprune.files import memoised
 from onnxprune.latency import CORRECTIONS, correct, time_share
-from onnxprune.select import Rounding, survivors, tau_for
+from onnxprune.select import Rounding, above_all, survivors, tau_for
 from onnxprune.threshold import (
     EVALUATIONS,
     LEAST_GAIN,
@@ -67,8 +67,7 @@ def _cut_to(run: Context, state: State, aim: float) -> Proposal:
     if found is not None:
         return found
     run.note("the target is out of reach: cut as far as every layer keeps one channel")
-    highest = float(np.nextafter(scores[np.isfinite(scores)].max(), np.inf))
-    return {"tau": highest, "round_to": 1, "progress": 1.0}
+    return {"tau": above_all(scores), "round_to": 1, "progress": 1.0}
 
 
 def _cut_to_time(
@@ -80,9 +79,11 @@ def _cut_to_time(
 ) -> Proposal | None:
     """The cut whose measured time is nearest below its share of the uncut model's."""
     provider, proposals = find_providers(run.options.providers)[0], dict[float, Proposal]()
+    narrowest = survivors(units, scores, above_all(scores), Rounding(1))
+    least = Cost(units, run.target).nanoseconds(narrowest) / run.base_costs["latency"]
 
-    def cut_at(estimate: float) -> tuple[float, float] | None:
-        proposal = cut_to({**shares, "latency": estimate})
+    def cut_at(way: float) -> tuple[float, float] | None:
+        proposal = cut_to({**shares, "latency": least + way * (1 - least)})
         if proposal is None:
             return None
         alive = survivors(units, scores, proposal["tau"], rounding_of(run, proposal))

@@ -55,7 +55,7 @@ class Report:
     versions: dict[str, str]
     model_sha256: str
     seconds: float
-    contest: dict[str, float] = field(default_factory=dict)  # criterion -> loss, for --criterion auto
+    contest: dict[str, float] = field(default_factory=dict)  # "criterion, scope" -> loss, where either is auto
 
     @property
     def met(self) -> bool:

@@ -19,6 +19,7 @@ from onnxprune.units import Group, Units, is_parameter, weight_matrix
 
 Scores = NDArray[np.float64]
 Scope = Literal["layer", "global", "isomorphic"]
+SCOPES: tuple[Scope, ...] = ("global", "layer", "isomorphic")
 
 CHUNK = 2**24  # weights that are converted at a time
 PASSING = ("DequantizeLinear", "Cast", "Transpose")

@@ -111,6 +111,11 @@ def keep_best(alive: Alive, group: Group, scores: Scores, kept: int) -> None:
     alive[group.units[order[: len(order) - kept]]] = False
 
 
+def above_all(scores: Scores) -> float:
+    """The lowest threshold under which all that may go goes, but the best of each group."""
+    return float(np.nextafter(scores[np.isfinite(scores)].max(), np.inf))
+
+
 def tau_for(
     units: Units, scores: Scores, rounding: Rounding, fits: Callable[[Alive], bool]
 ) -> tuple[float, Alive] | None:
@@ -121,7 +126,7 @@ def tau_for(
     values = np.unique(scores[np.isfinite(scores)])
     if not len(values):
         return None
-    candidates = np.append(values, np.nextafter(values[-1], np.inf))
+    candidates = np.append(values, above_all(scores))
     low, high = 0, len(candidates) - 1
     if not fits(survivors(units, scores, float(candidates[high]), rounding)):
         return None

@@ -18,29 +18,41 @@ from onnxprune.files import memoised
 from onnxprune.gradients import GRADIENT_CRITERIA
 from onnxprune.layers import Layer, choose_layers, drop_layers, free_layers, influence_scores, weight_scores
 from onnxprune.plan import Plan
-from onnxprune.score import normalise_scores, score_units
+from onnxprune.score import SCOPES, Scope, normalise_scores, score_units
 from onnxprune.select import Rounding, bounded, tau_for
 from onnxprune.units import Units, chosen_units
 
 DATA_CRITERIA = {**ACTIVATION_CRITERIA, **GRADIENT_CRITERIA}
 AUTO, LINED_UP_BY = "auto", "l2"  # rows are sorted before the contest, by one criterion
+BETWEEN = ", "  # the criterion and the scope, in the name of a way to score
 CONTESTANTS = ("l2", "l1", "logistic", "fpgm", "bn", "flap", "obs")
 TRIED_AT = {"macs": 0.5}  # where an allowed drop alone decides
 PROBE_SAMPLES = 1024
 UNKNOWN = 1e30  # a loss that JSON can hold
 
 
-def criterion(run: Context) -> str:
+Way = tuple[str, Scope]  # how units are scored: by a criterion, and in what scope they are compared
+
+
+def chosen_way(run: Context) -> Way:
     """How units are scored: as named, or the winner of the contest."""
-    if run.options.criterion != AUTO:
-        return run.options.criterion
     losses = contest(run)
-    return min(losses, key=losses.__getitem__)
+    if not losses:
+        return _ways(run)[0]
+    winner = min(losses, key=losses.__getitem__)
+    return next(way for way in _ways(run) if BETWEEN.join(way) == winner)
+
+
+def _ways(run: Context) -> list[Way]:
+    """All that the options leave open; the first one where there are no data to tell."""
+    criteria = CONTESTANTS if run.options.criterion == AUTO else (run.options.criterion,)
+    scopes = SCOPES if run.options.scope == "auto" else (run.options.scope,)
+    return [(criterion, scope) for scope in scopes for criterion in criteria]
 
 
 def contest(run: Context) -> dict[str, float]:
-    """For --criterion auto, the loss after the same cut by each criterion, repaired, before any fine-tuning."""
-    if run.options.criterion != AUTO:
+    """Where the criterion or the scope is auto, the loss after the same cut each way, repaired, before fine-tuning."""
+    if len(_ways(run)) == 1:
         return {}
     found: dict[str, float] = memoised(run.folder / "contest.json", partial(_hold_contest, run))
     return found
@@ -79,7 +91,8 @@ def _how_many(run: Context, layers: list[Layer], scores: list[float]) -> int:
         losses = dict[str, float]()
         for number, count in enumerate(counts):
             run.listener.progress(f"trying without {count} layers", number + 1, len(counts))
-            losses[str(count)] = _trial(run, _dropping(run, choose_layers(layers, scores, count)), LINED_UP_BY)
+            without = _dropping(run, choose_layers(layers, scores, count))
+            losses[str(count)] = _trial(run, without, (LINED_UP_BY, SCOPES[0]))
         return losses
 
     losses: dict[str, float] = memoised(run.folder / "layers.json", search)
@@ -89,18 +102,20 @@ def _how_many(run: Context, layers: list[Layer], scores: list[float]) -> int:
 
 def _hold_contest(run: Context) -> dict[str, float]:
     losses = dict[str, float]()
-    for number, criterion in enumerate(CONTESTANTS):
-        run.listener.progress(f"trying criteria: {criterion}", number + 1, len(CONTESTANTS))
-        losses[criterion] = _trial(run, _dropping(run, []), criterion)
-    losses = {name: loss for name, loss in losses.items() if loss < UNKNOWN} or {LINED_UP_BY: UNKNOWN}
-    run.note(f"criteria by loss: {ranked(losses)}")
+    ways = _ways(run)
+    for number, way in enumerate(ways):
+        name = BETWEEN.join(way)
+        run.listener.progress(f"trying {name}", number + 1, len(ways))
+        losses[name] = _trial(run, _dropping(run, []), way)
+    losses = {name: loss for name, loss in losses.items() if loss < UNKNOWN} or {BETWEEN.join(ways[0]): UNKNOWN}
+    run.note(f"ways to choose by loss: {ranked(losses)}")
     return losses
 
 
-def _trial(run: Context, state: State, criterion: str) -> float:
+def _trial(run: Context, state: State, way: Way) -> float:
     """The loss after a cut to the targets, or to half of the MACs, and repair; `UNKNOWN` if it can't be made."""
     try:
-        units, scores, rounding = scored(run, state.model, criterion)
+        units, scores, rounding = scored(run, state.model, way)
     except ModelError:
         return UNKNOWN  # it needs what the model hasn't
     measures = Cost(units, run.target).measures
@@ -113,12 +128,12 @@ def _trial(run: Context, state: State, criterion: str) -> float:
     return run.judge.measure(model, PROBE_SAMPLES).loss
 
 
-def scored(run: Context, model: ir.Model, how: str | None = None) -> tuple[Units, NDArray[np.float64], Rounding]:
-    """A model's units, their scores by the run's criterion or another one, and how widths are rounded."""
+def scored(run: Context, model: ir.Model, way: Way | None = None) -> tuple[Units, NDArray[np.float64], Rounding]:
+    """A model's units, their scores as the run does or in another way, and how widths are rounded."""
     options = run.options
     units = chosen_units(model, options.granularity, options.kinds, options.protect)
-    raw = _raw_scores(run, units, how or criterion(run))
-    scores = normalise_scores(units, raw, options.scope, run.origin)
+    criterion, scope = way or chosen_way(run)
+    scores = normalise_scores(units, _raw_scores(run, units, criterion), scope, run.origin)
     sizes = {name: size for name, (size, _) in run.origin.items()}
     return units, bounded(units, scores, options.keep, sizes), run.rounding
 
@@ -133,4 +148,5 @@ def _raw_scores(run: Context, units: Units, criterion: str) -> NDArray[np.float6
 
 def ranked(losses: Mapping[str, float]) -> str:
     """Losses in words, the lowest first."""
-    return ", ".join(f"{name} {losses[name]:.4f}" for name in sorted(losses, key=losses.__getitem__))
+    said = {name: f"{loss:.4f}" if loss < UNKNOWN else "can't be made" for name, loss in losses.items()}
+    return ", ".join(f"{name} {said[name]}" for name in sorted(losses, key=losses.__getitem__))

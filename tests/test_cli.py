@@ -441,6 +441,8 @@ def test_criteria_are_tried_and_the_best_is_kept(tmp_path: Path) -> None:
         MODELS / "digits_mlp.onnx",
         "--criterion",
         "auto",
+        "--scope",
+        "layer",
         "--target-macs",
         0.4,
         "--epochs",
@@ -450,8 +452,8 @@ def test_criteria_are_tried_and_the_best_is_kept(tmp_path: Path) -> None:
     result = call(*arguments, "--data", DIGITS, "--eval-data", TEST, "-o", "o.onnx", cwd=tmp_path)
     assert result.status == 0, result.err
     contest = result.json["contest"]
-    assert {"l2", "l1", "fpgm"} <= set(contest) and "bn" not in contest
-    best = min(contest, key=contest.get)
+    assert {"l2, layer", "l1, layer", "fpgm, layer"} <= set(contest) and "bn, layer" not in contest
+    best = min(contest, key=contest.get).split(", ")[0]
     named = call(
         *arguments[:3], best, *arguments[4:], "--data", DIGITS, "--eval-data", TEST, "-o", "n.onnx", cwd=tmp_path
     )
@@ -459,3 +461,15 @@ def test_criteria_are_tried_and_the_best_is_kept(tmp_path: Path) -> None:
     assert rounds[0]["widths"] == rounds[1]["widths"] and best in result.err
     without = call(*arguments, "-o", "o.onnx", cwd=tmp_path)
     assert without.status == 2 and "--data" in without.err
+
+
+def test_scopes_are_tried_and_the_best_is_kept(tmp_path: Path) -> None:
+    arguments = ("run", MODELS / "digits_resnet.onnx", "--target-macs", 0.15, "--epochs", 0, "--json", "--data", DIGITS,
+                 "--eval-data", TEST, "-o", "o.onnx", "--scope")  # fmt: skip
+    result = call(*arguments, "auto", cwd=tmp_path)
+    assert result.status == 0, result.err
+    contest = result.json["contest"]
+    assert set(contest) == {"l2, global", "l2, layer", "l2, isomorphic"}
+    best = min(contest, key=contest.get).removeprefix("l2, ")
+    rounds = [each["rounds"][0] for each in (result.json, call(*arguments, best, cwd=tmp_path).json)]
+    assert rounds[0]["widths"] == rounds[1]["widths"]

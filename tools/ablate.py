@@ -27,7 +27,6 @@ from onnxprune.lineup import line_up
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
 from onnxprune.options import RunOptions
-from onnxprune.pipeline import RATE
 from onnxprune.repair import reestimate_batch_norm
 from onnxprune.score import normalise_scores, score_units
 from onnxprune.select import Rounding, tau_for
@@ -72,9 +71,7 @@ def main() -> None:
 
     def tuned(candidate: Any, seed: int, share: float) -> float:
         result, labelled = candidate.clone(), train if share < 1 else Dataset(train.inputs, None)
-        options = TrainingOptions(
-            epochs=given.epochs, lr=RATE, loss=Loss(distillation=share), threads=given.threads, seed=seed
-        )
+        options = TrainingOptions(epochs=given.epochs, loss=Loss(distillation=share), threads=given.threads, seed=seed)
         with tempfile.TemporaryDirectory() as folder:
             fine_tune(result, model, labelled, Path(folder) / "job", options, augmentation)
         return measure(result)

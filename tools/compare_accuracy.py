@@ -32,7 +32,6 @@ from onnxprune.evaluate import find_metric, predict
 from onnxprune.labels import analyse
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
-from onnxprune.pipeline import RATE
 from onnxprune.sources import ImageOptions, as_dataset
 from onnxprune.training.client import choose_augmentation
 from onnxprune.units import find_units
@@ -115,7 +114,7 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if given.peer_python:
                 job = {
                     "model": given.model, "share": share, "seed": seed, "out": str(out), "epochs": given.epochs,
-                    "lr": given.lr or RATE, "batch": RunOptions().batch, "threads": given.threads or 2,
+                    "lr": given.peer_lr, "batch": RunOptions().batch, "threads": given.threads or 2,
                     "calibration": str(folder / "calibration.npy"), "images": str(folder / "images.npy"),
                     "labels": str(folder / "labels.npy"), "flip": augmentation.get("flip", False),
                     "shift": augmentation.get("shift", 0),
@@ -176,6 +175,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--peer-lr", type=float, default=1e-3)
     parser.add_argument("--criterion", default="l2")
     parser.add_argument("--threads", type=int)
     parser.add_argument("-o", "--output", type=Path, default=Path("accuracy.json"))

@@ -11,7 +11,6 @@ from onnxprune.errors import UsageError
 from onnxprune.select import Keep
 from onnxprune.sources import ImageOptions
 
-SCOPES = ["layer", "global", "isomorphic"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 

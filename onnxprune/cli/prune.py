@@ -9,9 +9,9 @@ import click
 from rich.table import Table
 
 from onnxprune.api import PruneResult, prune
-from onnxprune.cli.options import KEEP_OPTION, KINDS_OPTION, LAYERS_OPTION, PROTECT_OPTION, ROUND_TO, SCOPES, with_json
+from onnxprune.cli.options import KEEP_OPTION, KINDS_OPTION, LAYERS_OPTION, PROTECT_OPTION, ROUND_TO, with_json
 from onnxprune.cli.output import print_json, say, share, show
-from onnxprune.score import CRITERIA
+from onnxprune.score import CRITERIA, SCOPES
 
 
 @click.command("prune", short_help="One cut by weights, without data.")

@@ -14,7 +14,6 @@ from onnxprune.cli.options import (
     LAYERS_OPTION,
     PROTECT_OPTION,
     ROUND_TO,
-    SCOPES,
     image_options,
     options,
     with_json,
@@ -25,7 +24,7 @@ from onnxprune.options import RunOptions
 from onnxprune.pipeline import run
 from onnxprune.quantise import NUMBERS
 from onnxprune.report import Report
-from onnxprune.score import CRITERIA
+from onnxprune.score import CRITERIA, SCOPES
 from onnxprune.threshold import INITIAL
 from onnxprune.training.losses import DISTANCE_KINDS, KINDS
 from onnxprune.trials import DATA_CRITERIA
@@ -68,7 +67,12 @@ RUN_OPTIONS = [
         default="l2",
         help="How units are scored; auto tries several, and keeps the one of lowest loss after repair.",
     ),
-    click.option("--scope", type=click.Choice(SCOPES), default="global", help="What units are compared with."),
+    click.option(
+        "--scope",
+        type=click.Choice([*SCOPES, "auto"]),
+        default="global",
+        help="What units are compared with; auto tries all, and keeps the one of lowest loss after repair.",
+    ),
     click.option(
         "--granularity",
         type=click.Choice(["auto", "rows", "columns"]),
@@ -142,7 +146,7 @@ TRAINING_OPTIONS = [
         "--lr",
         type=float,
         metavar="F",
-        help="Peak learning rate of AdamW, for weights of 0.1; others in proportion.  [default: 0.0015]",
+        help="Peak learning rate of AdamW, for weights of 0.1; others in proportion.  [default: by depth]",
     ),
     click.option("--batch", type=int, default=64, metavar="N", help="Samples of a training step, in shards of 32."),
     click.option(

@@ -31,6 +31,7 @@ from onnxprune.training.backward import gradient_model
 from onnxprune.training.batches import augment
 from onnxprune.training.forward import teacher_graph, training_graph, uses_batch_statistics
 from onnxprune.training.losses import Loss, check_comparable, plan_loss, whole_features
+from onnxprune.training.optimizer import usual_rate
 from onnxprune.training.runtime import Trainer, choose_trainer, prepare_trainer
 from onnxprune.training.worker import write_arrays
 
@@ -52,12 +53,12 @@ class WorkerDiedError(TrainingError):
 class TrainingOptions:
     """How to fine-tune, and by which `trainer` (see `choose_trainer`).
 
-    With `seconds` training ends after that time, if not by `epochs` before, and the learning rate falls accordingly:
-    the result then depends on the machine. `patience` is how many seconds without a word make a worker count as hung;
-    `memory_limit` how many bytes training may take beside the runtime itself.
-    With `ema` the result is an average of the weights that forgets by this factor in each step; `stop_after` ends
-    training after so many epochs without a lower loss on held-out samples; parameters whose names match one of the
-    patterns in `freeze` stay as they are. Batch normalisation keeps its statistics, or with
+    `lr` None is chosen by how many matrices there are (`usual_rate`). With `seconds` training ends after that time, if
+    not by `epochs` before, and the learning rate falls accordingly: the result then depends on the machine. `patience`
+    is how many seconds without a word make a worker count as hung; `memory_limit` how many bytes training may take
+    beside the runtime itself. With `ema` the result is an average of the weights that forgets by this factor in each
+    step; `stop_after` ends training after so many epochs without a lower loss on held-out samples; parameters whose
+    names match one of the patterns in `freeze` stay as they are. Batch normalisation keeps its statistics, or with
     `batch_statistics` takes those of each shard, and those of the data in the end. A batch is worked on in shards, so
     its size doesn't decide the memory.
     """
@@ -65,7 +66,7 @@ class TrainingOptions:
     trainer: Trainer = "auto"
     epochs: int = 3
     seconds: float | None = None
-    lr: float = 1e-3
+    lr: float | None = None
     batch: int = 64
     weight_decay: float = 1e-4
     clip: float = 5.0
@@ -214,15 +215,16 @@ def _prepare(
 
 
 def _save_graph(graph: ir.Model, names: list[str], folder: Path, trainer: Trainer) -> dict[str, Any]:
-    """Leaves the weights, and the graph that the worker differentiates, or the one that is; what a job says of it."""
+    """Leaves the weights, and the graph that the worker differentiates, or the one that is; what a job says of them."""
     weights = {name: graph.graph.initializers[name].const_value.numpy() for name in names}  # type: ignore[union-attr]
     write_arrays(folder / "weights.npz", weights)
+    job = {"lr": usual_rate(sum(array.ndim > 1 for array in weights.values()))}
     if choose_trainer(trainer) == "ort":
         save_model(graph, folder / "forward.onnx")
-        return {}
+        return job
     proto, heads, gradients = gradient_model(graph, names)
     onnx.save(proto, folder / "backward.onnx")
-    return {"heads": heads, "gradients": gradients}
+    return {**job, "heads": heads, "gradients": gradients}
 
 
 def _portions(samples: int, batch: int, fixed: int | None, most_held: int) -> tuple[int, int, int]:
@@ -255,11 +257,12 @@ def _write_job(folder: Path, options: TrainingOptions, given: dict[str, Any]) ->
         **{
             name: getattr(options, name)
             for name in (
-                "epochs", "seconds", "lr", "weight_decay", "clip", "threads", "seed", "checkpoint_seconds",
+                "epochs", "seconds", "weight_decay", "clip", "threads", "seed", "checkpoint_seconds",
                 "memory_limit", "ema", "stop_after",
             )
         },
         **given,
+        **({"lr": options.lr} if options.lr is not None else {}),
     }  # fmt: skip
     write_json(folder / "job.json", job)
 

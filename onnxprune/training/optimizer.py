@@ -12,6 +12,7 @@ Array = NDArray[Any]
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 WARM = 0.05  # of the training
 USUAL, LEAST = 0.1, 1e-3  # root mean squares of a matrix: at which the rate is the step, and the least that counts
+RATE = 7.5e-3  # for one matrix
 
 
 class AdamW:
@@ -46,6 +47,15 @@ def scale_of(array: Array) -> np.float32:
     if array.ndim < 2:
         return np.float32(1)
     return np.float32(max(math.sqrt(np.square(array, dtype=np.float64).mean()), LEAST) / USUAL)
+
+
+def usual_rate(matrices: int) -> float:
+    """The peak learning rate for a network of so many matrices, where none is given.
+
+    Each of N matrices moves by the same share of itself, in a direction of its own: what they change together grows
+    with sqrt(N), and the rate falls with it (for depth: Yang et al. 2024, Tensor Programs VI, section 4).
+    """
+    return RATE / math.sqrt(max(matrices, 1))
 
 
 def learning_rate(progress: float, peak: float) -> float:
