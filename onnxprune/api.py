@@ -86,7 +86,7 @@ def prune(
     normalised model whose names and positions the plan uses to `baseline`. The result has been run in onnxruntime and
     compared with the mask oracle. Raises subclasses of `OnnxPruneError`.
     """
-    if not 0 <= ratio < 1 or (ratio == 0 and layers is None):
+    if not 0 <= ratio < 1 or (ratio == 0 and not layers):
         raise UsageError(f"--ratio {ratio:g}: give the share of units to remove, between 0 and 1")
     _check_outputs(model, [output, plan, baseline])
     normal = normalise(open_model(model))
@@ -108,7 +108,7 @@ def prune(
 def _without_layers(
     model: ir.Model, layers: int | Literal["auto"] | None, protect: Sequence[str]
 ) -> tuple[ir.Model, Plan]:
-    if layers is None:
+    if not layers:
         return model, Plan({})
     found = free_layers(model, protect)
     scores = weight_scores(model, found)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -72,6 +72,13 @@ class Context:
     def allowed(self) -> float | None:
         """Points that may be lost: one when there is data and nothing else was asked; None when any may."""
         return 1.0 if self.options.max_drop is None and not self.targets else self.options.max_drop
+
+    @cached_property
+    def layers(self) -> int | Literal["auto"]:
+        """How many layers are dropped; as many as pay where time counts, of which they save most, and data tell."""
+        if self.options.layers is not None:
+            return self.options.layers
+        return "auto" if self.options.target_latency is not None and self.train is not None else 0
 
     @cached_property
     def epochs(self) -> int:

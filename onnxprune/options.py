@@ -23,7 +23,7 @@ class RunOptions:
     """Everything that decides a run's result besides the model and the data.
 
     Targets are shares that may remain (0.5 = half); `max_drop` is in points of the metric; `round_to` None is
-    automatic, `rounds`, `epochs` and `lr` None are chosen by the run; `prior` is a file that `sensitivity` wrote.
+    automatic, `rounds`, `layers`, `epochs` and `lr` None are chosen by the run; `prior` is what `sensitivity` wrote.
     `minutes` end the fine-tuning of all rounds together, `sparsify` is epochs before each cut in which what goes fades.
     `memory` bounds, in MB, what repair holds beside models and runtime; None is 2048. `quantize` makes the numbers of
     the result smaller, unless that costs more than may be lost.

@@ -60,8 +60,8 @@ def contest(run: Context) -> dict[str, float]:
 
 def without_layers(run: Context) -> State:
     """What the first round starts from: the baseline, without the layers that matter least."""
-    wanted = run.options.layers
-    if wanted is None:
+    wanted = run.layers
+    if not wanted:
         return _dropping(run, [])
     layers = free_layers(run.baseline, run.options.protect)
     if run.train is None:

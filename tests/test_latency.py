@@ -109,7 +109,7 @@ def test_an_estimate_that_is_far_off_is_corrected(monkeypatch: pytest.MonkeyPatc
     """Where operators are thought to cost much however narrow they are, no cut seems to be fast enough."""
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path))
     write_json(cache_file(CPU, 1), replace(probe(threads=1), overhead=1e6).to_json())
-    options = RunOptions(target_latency=0.6, epochs=0, threads=1, bench_seconds=0.2)
+    options = RunOptions(target_latency=0.6, epochs=0, threads=1, layers=0, bench_seconds=0.2)
     report = onnxprune.run(MODELS / "digits_resnet.onnx", str(MODELS / "digits.npz"), output=tmp_path / "o.onnx",
                            options=options)  # fmt: skip
     assert report.rounds[0]["macs_share"] > 0.1 and not any("out of reach" in note for note in report.notes)
@@ -122,5 +122,6 @@ def test_a_target_latency_is_measured_and_reported(tmp_path: Path) -> None:
     entry = result.json["target"]["resources"]["latency"]
     assert entry["asked"] == 0.8 and entry["reached"] == pytest.approx(1 / result.json["speedup"][CPU]["speedup"])
     assert (result.status == 0) == (entry["reached"] <= 0.8 * 1.05)
+    assert any("layers to drop, by loss" in note for note in result.json["notes"])
     with pytest.raises(UsageError, match="target-latency"):
         RunOptions(target_latency=1.5)

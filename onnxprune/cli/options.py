@@ -37,12 +37,12 @@ class Layers(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     name = "layers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        """A positive number, or "auto"."""
+        """A number, or "auto"."""
         if value == "auto" or isinstance(value, int):
             return value  # type: ignore[no-any-return]
-        if str(value).isdigit() and int(value) > 0:
+        if str(value).isdigit():
             return int(value)
-        self.fail(f"{value!r} is neither a positive number nor 'auto'", param, ctx)
+        self.fail(f"{value!r} is neither a number nor 'auto'", param, ctx)
 
 
 class PairType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -116,7 +116,8 @@ LAYERS_OPTION = click.option(
     "--layers",
     type=Layers(),
     metavar="N|auto",
-    help="Drop whole layers first: this many, or with auto as many as leave the lowest loss at the same target.",
+    help="Drop whole layers first: this many, or with auto as many as leave the lowest loss at the same target.  "
+    "[default: auto for run --target-latency with data, else 0]",
 )
 IMAGE_OPTIONS = [
     click.option("--mean", default="0", metavar="F[,F,F]", help="For folders of images: (pixels / 255 - mean) / std."),
