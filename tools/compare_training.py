@@ -3,8 +3,9 @@
     python tools/compare_training.py MODEL=CHANNELS,HEIGHT,WIDTH … --peer-python PYTHON [--threads 1 2] [-o FILE]
 
 PYTHON is an interpreter with torch and onnx2torch. Each turn times steps of 64 random images with AdamW and
-cross-entropy: onnxprune with ONNX Runtime training, with gradients as ONNX nodes, and PyTorch. What is written, as JSON
-and as a table, are images per second as shares of PyTorch's in the same turn, the median over turns and their range.
+cross-entropy, batch normalisation on its own statistics or on those of the batch (--batch-statistics): onnxprune with
+ONNX Runtime training, with gradients as ONNX nodes, and PyTorch. What is written, as JSON and as a table, are images
+per second as shares of PyTorch's in the same turn, the median over turns and their range.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ PEER = """
 import sys, time
 import numpy as np, torch
 from onnx2torch import convert
-path, threads, steps, batch, *shape = sys.argv[1:]
+path, threads, steps, batch, statistics, *shape = sys.argv[1:]
 torch.set_num_threads(int(threads))
 model = convert(path).train()
+for module in model.modules():
+    if statistics == "kept" and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        module.eval()
 rng = np.random.default_rng(0)
 x = torch.tensor(rng.standard_normal((int(batch), *map(int, shape))), dtype=torch.float32)
 y = torch.tensor(rng.integers(0, 10, int(batch)))
@@ -46,7 +50,7 @@ print(np.median(times[4:]))
 """
 
 
-def ours(path: str, trainer: str, threads: int, shape: list[int]) -> float:
+def ours(path: str, trainer: str, threads: int, shape: list[int], batch_statistics: bool) -> float:
     """Seconds of a step."""
     from onnxprune.data import Dataset
     from onnxprune.model import open_model
@@ -64,16 +68,17 @@ def ours(path: str, trainer: str, threads: int, shape: list[int]) -> float:
             moments.append(time.perf_counter())
 
     options = TrainingOptions(
-        trainer, epochs=STEPS, lr=1e-4, threads=threads, loss=Loss(distillation=0.0), batch_statistics=True
+        trainer, epochs=STEPS, lr=1e-4, threads=threads, loss=Loss(distillation=0.0), batch_statistics=batch_statistics
     )  # type: ignore[arg-type]
     with tempfile.TemporaryDirectory() as folder:
         fine_tune(model.clone(), model, data, Path(folder) / "job", options, progress=listen)
     return float(np.median(np.diff(moments)[SKIPPED:]))
 
 
-def theirs(python: str, path: str, threads: int, shape: list[int]) -> float:
+def theirs(python: str, path: str, threads: int, shape: list[int], batch_statistics: bool) -> float:
     """Seconds of a step in PyTorch."""
-    words = [python, "-c", PEER, path, str(threads), str(STEPS), str(BATCH), *map(str, shape)]
+    statistics = "batch" if batch_statistics else "kept"
+    words = [python, "-c", PEER, path, str(threads), str(STEPS), str(BATCH), statistics, *map(str, shape)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"PyTorch failed on {path}: {done.stderr.strip().splitlines()[-1]}")
@@ -86,6 +91,7 @@ def main() -> None:
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--batch-statistics", action="store_true")
     parser.add_argument("-o", "--output", type=Path, default=Path("throughput.json"))
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -96,9 +102,9 @@ def main() -> None:
         for threads in given.threads:
             shares: dict[str, list[float]] = {"ort": [], "graph": []}
             for _ in range(given.turns):
-                peer = theirs(given.peer_python, path, threads, shape)
+                peer = theirs(given.peer_python, path, threads, shape, given.batch_statistics)
                 for trainer, found in shares.items():
-                    found.append(peer / ours(path, trainer, threads, shape))
+                    found.append(peer / ours(path, trainer, threads, shape, given.batch_statistics))
             rows.append({"model": Path(path).name, "threads": threads, **shares})
             said = [f"{np.median(v):.2f}x ({min(v):.2f} to {max(v):.2f})" for v in shares.values()]
             lines.append(f"| {Path(path).name} | {threads} | {' | '.join(said)} |")
