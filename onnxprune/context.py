@@ -28,7 +28,7 @@ from onnxprune.training.client import choose_augmentation
 from onnxprune.units import Units
 
 WITHOUT_DATA = 0.75  # share of the MACs to keep when nothing can be measured
-ROUNDS = 4  # when not given, for runs that an allowed drop alone ends
+ROUNDS = 6  # when not given, for runs that an allowed drop alone ends
 STEPS_A_ROUND = 1000  # fine-tuning steps that epochs are chosen for when they aren't given
 ENDLESS = 10_000  # epochs, where time decides
 

@@ -15,6 +15,7 @@ from onnxprune.errors import ModelError, UsageError
 from onnxprune.labels import analyse
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
+from onnxprune.proposals import outcome_of
 from onnxprune.score import CRITERIA, normalise_scores, score_units
 from onnxprune.select import Keep, Rounding, bounded, survivors, survivors_by_share, tau_for
 from onnxprune.threshold import INITIAL, Outcome, bisect_tau, initial_tau, next_progress, published_tau, reach
@@ -180,6 +181,13 @@ def test_a_cut_is_as_bold_as_fine_tuning_was_seen_to_be_good() -> None:
     weak, strong = (Outcome(1.0, drop, 1.0, drop < 1, 0.0, before=6.0) for drop in (2.0, 0.6))
     assert reach([weak], 1.0, True) < reach([], 1.0, True) < reach([strong], 1.0, True)
     assert reach([strong, weak], 1.0, True) == reach([weak], 1.0, True)
+
+
+def test_a_cut_that_was_rolled_back_is_not_tried_again() -> None:
+    """A round whose drop is within what is allowed, but not with its error: the next cut may cost less than it did."""
+    record = {"tau": 1.0, "drop": 0.8, "drop_error": 0.53, "loss": 0.1, "drop_before_tuning": 2.8, "accepted": False,
+              "progress": 0.0}  # fmt: skip
+    assert reach([outcome_of(record)], 1.0, True) < 2.8
 
 
 def test_progress_to_a_target() -> None:

@@ -59,7 +59,7 @@ RUN_OPTIONS = [
         help="Points of the metric that may be lost.  [default: 1 without a target]",
     ),
     click.option(
-        "--rounds", type=int, metavar="N", help="Rounds of cutting and tuning.  [default: 1 to a target, else 4]"
+        "--rounds", type=int, metavar="N", help="Rounds of cutting and tuning.  [default: 1 to a target, else 6]"
     ),
     click.option(
         "--criterion",
