@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +45,7 @@ def propose(run: Context, state: State, records: list[Record]) -> Proposal | Non
         failures = sum(not outcome.accepted for outcome in history)
         if len(history) >= (run.options.rounds or ROUNDS) or failures > PATIENCE:
             return None
-        compute = lambda: _cut_within(run, state, history)  # noqa: E731
+        compute = lambda: _cut_within(run, state, records)  # noqa: E731
     found: Proposal = memoised(run.round_folder(len(records) + 1) / "proposal.json", compute)
     return found if found["tau"] is not None else None
 
@@ -100,10 +102,13 @@ def rounding_of(run: Context, proposal: Proposal) -> Rounding:
     return Rounding(proposal["round_to"], run.rounding.block)
 
 
-def _cut_within(run: Context, state: State, history: list[Outcome]) -> Proposal:
-    """A threshold whose cut costs no more, after repair, than fine-tuning can be hoped to win back."""
+def _cut_within(run: Context, state: State, records: list[Record]) -> Proposal:
+    """A threshold whose cut costs no more, after repair, than fine-tuning can be hoped to win back.
+
+    It goes at most half of the way, by the logarithm of the MACs, to a cut of the same model that was rolled back.
+    """
     units, scores, rounding = scored(run, state.model)
-    allowed = run.allowed or 0.0
+    history, allowed = [outcome_of(record) for record in records], run.allowed or 0.0
     if run.options.controller == "published":
         last = history[-1] if history else None
         moved = initial_tau(scores, run.options.initial_tau) if last is None else _moved(run, last)
@@ -114,22 +119,33 @@ def _cut_within(run: Context, state: State, history: list[Outcome]) -> Proposal:
         nonlocal tried
         tried += 1
         run.listener.progress("choosing a threshold", tried, EVALUATIONS)
-        model, step = cut(units, survivors(units, scores, tau, rounding))
+        alive = survivors(units, scores, tau, rounding)
+        if macs(alive) < fewest:
+            return float("inf")
+        model, step = cut(units, alive)
         run.repair(model, state, step)
         verdict = run.judge.measure(model, PROBE_SAMPLES)
         return verdict.drop if tuned else verdict.most  # of luck the round decides, once it is tuned
 
     ending = len(history) + 1 >= (run.options.rounds or ROUNDS) or len(history) >= PATIENCE
     tuned = run.epochs > 0 and not (ending and not any(outcome.accepted for outcome in history))
-    tau = bisect_tau(scores, drop_at, reach(history, allowed, tuned))
     macs = Cost(units).macs
-    most = macs(np.ones(units.count, bool)) * (1 - LEAST_GAIN)
+    whole = macs(np.ones(units.count, bool))
+    most, fewest = whole * (1 - LEAST_GAIN), _fewest_macs(run, records, whole)
+    tau = bisect_tau(scores, drop_at, reach(history, allowed, tuned))
     if tau is None and tuned and not history:  # fine-tuning may win back even more: the least cut is tried
         least = tau_for(units, scores, rounding, lambda alive: macs(alive) <= most)
         tau = least[0] if least else None
     if tau is not None and macs(survivors(units, scores, tau, rounding)) > most:
         tau = None
     return {"tau": tau, "round_to": rounding.multiple}
+
+
+def _fewest_macs(run: Context, records: list[Record], whole: int) -> float:
+    """How many of a model's MACs must stay, by what was rolled back since it was accepted."""
+    since = list(takewhile(lambda record: not record["accepted"], reversed(records)))
+    failed = max((record["macs_share"] for record in since), default=0.0) * run.base_costs["macs"]
+    return math.sqrt(whole * failed)
 
 
 def _moved(run: Context, last: Outcome) -> float:

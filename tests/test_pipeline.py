@@ -38,6 +38,14 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@needs_training
+def test_after_a_round_that_was_rolled_back_the_next_cuts_less(tmp_path: Path) -> None:
+    options = RunOptions(max_drop=0.2, epochs=2, threads=1, bench_seconds=0.1)
+    rounds = onnxprune.run(MODEL, DIGITS, output=tmp_path / "out.onnx", options=options).rounds
+    back = [(one, other) for one, other in zip(rounds, rounds[1:], strict=False) if not one["accepted"]]
+    assert back and all(other["macs_share"] > one["macs_share"] for one, other in back)
+
+
 def test_a_rolled_back_round_leaves_no_trace(tmp_path: Path) -> None:
     # The first cut is kept; the way on costs more than the first one did, and is undone.
     one = run(tmp_path / "one", target_macs=0.4, rounds=1)
