@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def digest(path: Path) -> str:
 def test_after_a_round_that_was_rolled_back_the_next_cuts_less(tmp_path: Path) -> None:
     options = RunOptions(max_drop=0.2, epochs=2, threads=1, bench_seconds=0.1)
     rounds = onnxprune.run(MODEL, DIGITS, output=tmp_path / "out.onnx", options=options).rounds
-    back = [(one, other) for one, other in zip(rounds, rounds[1:], strict=False) if not one["accepted"]]
+    back = [(one, other) for one, other in pairwise(rounds) if not one["accepted"]]
     assert back and all(other["macs_share"] > one["macs_share"] for one, other in back)
 
 
