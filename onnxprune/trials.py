@@ -64,6 +64,8 @@ def without_layers(run: Context) -> State:
     if not wanted:
         return _dropping(run, [])
     layers = free_layers(run.baseline, run.options.protect)
+    if wanted == "auto" and not layers:
+        return _dropping(run, [])
     if run.train is None:
         chosen = choose_layers(layers, weight_scores(run.baseline, layers), None if wanted == "auto" else wanted)
     else:
