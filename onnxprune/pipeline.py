@@ -57,7 +57,6 @@ MOST_HELD, MOST_MEASURED = 5000, 1000  # where the drop decides, and where it is
 
 OVER = 1.05  # times the time asked that still counts as met
 
-
 Data = str | Sequence[str] | Mapping[str, NDArray[Any]]
 
 

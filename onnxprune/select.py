@@ -113,7 +113,7 @@ def keep_best(alive: Alive, group: Group, scores: Scores, kept: int) -> None:
 
 def above_all(scores: Scores) -> float:
     """The lowest threshold under which all that may go goes, but the best of each group."""
-    return float(np.nextafter(scores[np.isfinite(scores)].max(), np.inf))
+    return float(np.nextafter(scores[np.isfinite(scores)].max(initial=0.0), np.inf))
 
 
 def tau_for(

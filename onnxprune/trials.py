@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Final
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +24,8 @@ from onnxprune.select import Rounding, bounded, tau_for
 from onnxprune.units import Units, chosen_units
 
 DATA_CRITERIA = {**ACTIVATION_CRITERIA, **GRADIENT_CRITERIA}
-AUTO, LINED_UP_BY = "auto", "l2"  # rows are sorted before the contest, by one criterion
+AUTO: Final = "auto"
+LINED_UP_BY = "l2"  # rows are sorted before the contest, by one criterion
 BETWEEN = ", "  # the criterion and the scope, in the name of a way to score
 CONTESTANTS = ("l2", "l1", "logistic", "fpgm", "bn", "flap", "obs")
 TRIED_AT = {"macs": 0.5}  # where an allowed drop alone decides
@@ -46,7 +48,7 @@ def chosen_way(run: Context) -> Way:
 def _ways(run: Context) -> list[Way]:
     """All that the options leave open; the first one where there are no data to tell."""
     criteria = CONTESTANTS if run.options.criterion == AUTO else (run.options.criterion,)
-    scopes = SCOPES if run.options.scope == "auto" else (run.options.scope,)
+    scopes = SCOPES if run.options.scope == AUTO else (run.options.scope,)
     return [(criterion, scope) for scope in scopes for criterion in criteria]
 
 

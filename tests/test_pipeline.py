@@ -15,6 +15,7 @@ import pytest
 
 import onnxprune
 from onnxprune import RunOptions, TrainingError, UsageError, pipeline, proposals
+from onnxprune.select import Keep
 from onnxprune.threshold import published_tau
 from onnxprune.training import fine_tune
 from tests.conftest import MODELS, needs_training
@@ -37,6 +38,12 @@ def run(folder: Path, resume: bool = False, **options: Any) -> onnxprune.Report:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("target", ["target_macs", "target_latency"])
+def test_where_nothing_may_go_the_target_is_not_met(target: str, tmp_path: Path) -> None:
+    report = run(tmp_path, keep=(Keep("*", 1.0),), **{target: 0.5})
+    assert not report.met and report.pruned.macs == report.baseline.macs
 
 
 @needs_training

@@ -123,6 +123,17 @@ def test_relative_steps_dont_hang_on_the_scale_of_a_matrix() -> None:
     assert np.abs(zero["w"]).min() > 0
 
 
+@needs_training
+def test_the_rate_falls_with_the_number_of_matrices_unless_given(tmp_path: Path) -> None:
+    model = normalise(open_model(MODELS / "digits_mlp.onnx"))
+    data = load_data(str(MODELS / "digits.npz"), model).take(slice(0, 64))
+    matrices = sum(len(v.shape or ()) > 1 for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT)
+    for given, rate in ((None, 0.0075 / matrices**0.5), (0.02, 0.02)):
+        folder = tmp_path / str(given)
+        fine_tune(model.clone(), model, data, folder, TrainingOptions(epochs=1, lr=given, threads=1))
+        assert json.loads((folder / "job.json").read_text())["lr"] == pytest.approx(rate)
+
+
 def test_the_schedule_warms_up_and_falls() -> None:
     rates = [learning_rate(step / 100, 1.0) for step in range(100)]
     assert 0 < rates[0] < 0.11 and max(rates) == 1.0 == rates[5] and rates[-1] < 0.02

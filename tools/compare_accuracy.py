@@ -6,8 +6,9 @@ PYTHON is an interpreter with torch, torch-pruning 1.6, onnx2torch and onnxscrip
 both cut the file: onnxprune as its `run` does, calibrated on SAMPLES images drawn from TRAIN by the seed; Torch-Pruning
 by group L2 over all layers, batch normalisation re-estimated on the same images. onnxsim's structured pruning, by L2,
 has no seed. With --epochs both are trained on TRAIN with AdamW and the same schedule (onnxprune as by default: it
-distils, keeps batch normalisation's statistics, takes steps in proportion, and goes without what it holds back of
-TRAIN). What is written is accuracy on TEST in onnxruntime: JSON, a table, and a plot where matplotlib is installed.
+distils, keeps batch normalisation's statistics, takes steps in proportion, at --lr or a rate by the number of matrices,
+and goes without what it holds back of TRAIN; Torch-Pruning at --peer-lr). What is written is accuracy on TEST in
+onnxruntime: JSON, a table, and a plot where matplotlib is installed.
 """
 
 from __future__ import annotations

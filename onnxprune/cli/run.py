@@ -146,7 +146,7 @@ TRAINING_OPTIONS = [
         "--lr",
         type=float,
         metavar="F",
-        help="Peak learning rate of AdamW, for weights of 0.1; others in proportion.  [default: by depth]",
+        help="Peak learning rate of AdamW, for weights of 0.1; others in proportion.  [default: by how many matrices]",
     ),
     click.option("--batch", type=int, default=64, metavar="N", help="Samples of a training step, in shards of 32."),
     click.option(
