@@ -27,7 +27,7 @@ from onnxprune.model import digest, external_files, open_model, save_model
 from onnxprune.normalise import normalise
 from onnxprune.plan import Plan, load_plan
 from onnxprune.score import Scope, normalise_scores, score_units
-from onnxprune.select import Keep, Rounding, bounded, keep_best, round_up, survivors_by_share
+from onnxprune.select import Keep, Rounding, bounded, keep_best, survivors_by_share
 from onnxprune.training.forward import untrainable
 from onnxprune.units import Units, find_units, prunable
 from onnxprune.verify import check_cut, mask_oracle
@@ -255,7 +255,7 @@ def _share_of_all(units: Units, scores: np.ndarray[Any, Any], ratio: float, roun
     alive = np.ones(units.count, bool)
     for group in units.groups:
         kept = int((~gone[group.units]).sum())
-        keep_best(alive, group, scores, round_up(group, kept, rounding.of(group)))
+        keep_best(alive, group, scores, rounding.up(group, kept))
     return alive
 
 

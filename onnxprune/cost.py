@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from onnxprune.labels.flow import integer, text
 from onnxprune.labels.linear import einsum_axes
 from onnxprune.labels.recurrent import GATES
-from onnxprune.probe import Probe
+from onnxprune.probe import REFERENCE, Probe
 from onnxprune.shapes import dynamic_sizes
 from onnxprune.units import Units, is_parameter
 
@@ -139,9 +140,10 @@ class Cost:
         Reading weights takes time too, most of it where they are used at few positions. An estimate whose ratios are
         better than itself; 0 without a target.
         """
-        if self._target is None:
-            return 0
-        size, target, total = self._sizes(alive), self._target, 0.0
+        return 0 if self._target is None else self._time(alive, self._target)
+
+    def _time(self, alive: Alive, target: Probe) -> int:
+        size, total = self._sizes(alive), 0.0
         rounded = {step: self._sizes(alive, step) for step in set(target.steps.values())}
         for node in self._nodes:
             if (kind := product_kind(node, size)) is not None:
@@ -170,11 +172,11 @@ class Cost:
         return round(sum(math.prod(size(value) or ()) * width for value, width, _ in self._parameters))
 
     def of_groups(self, units: Units) -> list[float]:
-        """The share of all MACs that goes with all but one unit of each group; of the parameters, where none goes.
+        """The share of the time that goes with all but one unit of each group; of the parameters, where none goes.
 
-        With a target, the share of the estimated time.
+        The time is an estimate for the target, or for `REFERENCE`, which is the same on all machines.
         """
-        everything, cost = np.ones(units.count, bool), self.macs if self._target is None else self.nanoseconds
+        everything, cost = np.ones(units.count, bool), partial(self._time, target=self._target or REFERENCE)
         total, params = cost(everything), self.params(everything)
         shares = []
         for group in units.groups:

@@ -41,7 +41,7 @@ class RunOptions:
     sparsify: int = 0
     lr: float | None = None
     criterion: str = "l2"
-    scope: Scope | Literal["auto"] = "global"
+    scope: Scope | Literal["auto"] = "auto"
     granularity: Granularity = "auto"
     kinds: tuple[str, ...] = ()
     protect: tuple[str, ...] = ()

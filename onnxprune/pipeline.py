@@ -132,8 +132,8 @@ def _load(
             raise UsageError("--max-drop and --metric need data to measure on: give --data")
         if options.sparsify or options.minutes is not None:
             raise UsageError("--sparsify and --minutes are for fine-tuning, which needs data: give --data")
-        if AUTO in (options.criterion, options.scope):
-            raise UsageError("--criterion auto and --scope auto try several on data: give --data, or name one")
+        if options.criterion == AUTO:
+            raise UsageError("--criterion auto tries several on data: give --data, or name one")
         notes.append("no data: scored by weights alone; accuracy was not measured")
         return None, random_dataset(model, 64, options.seed)
     most = MOST_MEASURED if options.targets and options.max_drop is None else MOST_HELD

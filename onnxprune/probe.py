@@ -66,6 +66,19 @@ class Probe:
         return asdict(self)
 
 
+REFERENCE = Probe(  # one core of a server with AVX-512, rounded: what channels cost where no machine is asked for
+    machine="reference", provider=CPU, threads=1, onnxruntime="1.32",
+    steps=dict.fromkeys(KINDS, 1),
+    speed={
+        "conv": (7, 19, 48, 77, 88, 89),
+        "pointwise": (0.8, 3.6, 26, 48, 65, 75),
+        "depthwise": (3, 7, 15, 15, 17, 17),
+        "matmul": (3, 14, 34, 59, 78, 81),
+    },
+    weights=4, elements=2, overhead=1500,
+)  # fmt: skip
+
+
 def probe(provider: str = CPU, threads: int | None = None, fresh: bool = False) -> Probe:
     """The target's `Probe`, measured if it isn't in the cache or should be `fresh`; seconds on an idle machine."""
     path = cache_file(provider, threads)

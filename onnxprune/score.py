@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -18,8 +18,8 @@ from onnxprune.probe import Probe
 from onnxprune.units import Group, Units, is_parameter, weight_matrix
 
 Scores = NDArray[np.float64]
-Scope = Literal["layer", "global", "isomorphic"]
-SCOPES: tuple[Scope, ...] = ("global", "layer", "isomorphic")
+Scope = Literal["global", "gradual", "layer", "isomorphic"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 CHUNK = 2**24  # weights that are converted at a time
 PASSING = ("DequantizeLinear", "Cast", "Transpose")
@@ -222,24 +222,32 @@ def normalise_scores(units: Units, raw: Scores, scope: Scope, origin: Origin | N
     - global: the score, weighed by what the group costs and how wide it is (`origin_of`).
       What is left of a group counts for more the smaller it got since `origin`, the uncut model: measured against
       itself alone it would look average again after every round, and be cut until one channel is left;
+    - gradual: the same as if cut unit by unit, so that it counts for more with each that goes (as in Lee et al. 2021,
+      Layer-adaptive Sparsity for the Magnitude-based Pruning, equation 3);
     - isomorphic: the rank within all groups of the same structure (Fang et al. 2024, Isomorphic Pruning, section 3.2).
     """
     result = np.full(units.count, np.inf)
-    if scope == "global":
+    if scope in ("global", "gradual"):
         origin = origin or origin_of(units)
         for group in units.groups:
             before, factor = origin.get(group.name, (len(group.units), 1.0))
-            result[group.units] = raw[group.units] * factor * before / len(group.units)
+            left = len(group.units) - (_rank(raw[group.units]) if scope == "gradual" else 0)
+            result[group.units] = raw[group.units] * factor * before / left
         return result
     classes: dict[object, list[Group]] = {}
     for index, group in enumerate(units.groups):
         classes.setdefault(index if scope == "layer" else _structure(units, group), []).append(group)
     for members in classes.values():
         ids = np.concatenate([group.units for group in members])
-        rank = np.empty(len(ids))
-        rank[np.argsort(raw[ids], kind="stable")] = (np.arange(len(ids)) + 0.5) / len(ids)
-        result[ids] = np.where(np.isfinite(raw[ids]), rank, np.inf)
+        result[ids] = np.where(np.isfinite(raw[ids]), (_rank(raw[ids]) + 0.5) / len(ids), np.inf)
     return result
+
+
+def _rank(scores: Scores) -> Scores:
+    """How many are lower, or equal and before."""
+    rank = np.empty(len(scores))
+    rank[np.argsort(scores, kind="stable")] = np.arange(len(scores))
+    return rank
 
 
 def _structure(units: Units, group: Group) -> object:

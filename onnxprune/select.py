@@ -20,7 +20,7 @@ NARROWEST = 4  # channels that make a difference to a blocked convolution
 
 @dataclass(frozen=True)
 class Rounding:
-    """Widths are rounded up to a multiple of `multiple`; None chooses one for each group, at most `block`.
+    """Widths are rounded up to a multiple of `multiple`; None chooses by what a group feeds, in blocks of `block`.
 
     `block` None is what the CPU provider's convolutions work on here.
     """
@@ -28,19 +28,26 @@ class Rounding:
     multiple: int | None = None
     block: int | None = None
 
-    def of(self, group: Group) -> int:
-        """The multiple for a group: for automatic rounding the block, a half, … or 1 for what convolutions read.
+    def up(self, group: Group, kept: int) -> int:
+        """The number of units of a group to keep so that `kept` stay, and as many positions as runtimes like.
 
-        Narrow groups get smaller ones. For what nothing but matrix products read, 1.
+        Automatic rounding keeps whole blocks. Narrower than one block may be what convolutions over several positions
+        read or write, by halves of it: others, 1x1 or depthwise, are no faster there. For what nothing but matrix
+        products read every width is as good.
         """
         if self.multiple is not None:
-            return self.multiple
-        if not group.aligned:
-            return 1
-        step = block_size() if self.block is None else self.block
-        while step > 1 and (len(group.units) * group.repeats < 3 * step):
-            step //= 2
-        return step if step >= NARROWEST else 1
+            return self._whole(group, kept, self.multiple)
+        block = block_size() if self.block is None else self.block
+        if group.kernels == "none" or block < NARROWEST:
+            return self._whole(group, kept, 1)
+        while group.kernels == "spatial" and block > NARROWEST and 2 * max(kept, 1) * group.repeats <= block:
+            block //= 2
+        return self._whole(group, kept, block)
+
+    @staticmethod
+    def _whole(group: Group, kept: int, multiple: int) -> int:
+        step = multiple // math.gcd(multiple, group.repeats)
+        return min(len(group.units), -(-max(kept, 1) // step) * step)
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ def survivors(units: Units, scores: Scores, tau: float, rounding: Rounding) -> A
     alive = np.ones(units.count, bool)
     for group in units.groups:
         wanted = int((scores[group.units] >= tau).sum())
-        keep_best(alive, group, scores, round_up(group, wanted, rounding.of(group)))
+        keep_best(alive, group, scores, rounding.up(group, wanted))
     return alive
 
 
@@ -95,14 +102,8 @@ def survivors_by_share(units: Units, scores: Scores, share: float, rounding: Rou
     for group in units.groups:
         least, most = int((scores[group.units] == -np.inf).sum()), int((scores[group.units] < np.inf).sum())
         removed = int(np.clip(math.floor(share * len(group.units) + 0.5), least, most))
-        keep_best(alive, group, scores, round_up(group, len(group.units) - removed, rounding.of(group)))
+        keep_best(alive, group, scores, rounding.up(group, len(group.units) - removed))
     return alive
-
-
-def round_up(group: Group, kept: int, multiple: int) -> int:
-    """The number of units to keep: at least one, and as many positions as a multiple asks for."""
-    step = multiple // math.gcd(multiple, group.repeats)
-    return min(len(group.units), max(1, -(-max(kept, 1) // step) * step))
 
 
 def keep_best(alive: Alive, group: Group, scores: Scores, kept: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
+from itertools import product
 from typing import Final
 
 import numpy as np
@@ -19,7 +20,7 @@ from onnxprune.files import memoised
 from onnxprune.gradients import GRADIENT_CRITERIA
 from onnxprune.layers import Layer, choose_layers, drop_layers, free_layers, influence_scores, weight_scores
 from onnxprune.plan import Plan
-from onnxprune.score import SCOPES, Scope, normalise_scores, score_units
+from onnxprune.score import Scope, normalise_scores, score_units
 from onnxprune.select import Rounding, bounded, tau_for
 from onnxprune.units import Units, chosen_units
 
@@ -28,6 +29,7 @@ AUTO: Final = "auto"
 LINED_UP_BY = "l2"  # rows are sorted before the contest, by one criterion
 BETWEEN = ", "  # the criterion and the scope, in the name of a way to score
 CONTESTANTS = ("l2", "l1", "logistic", "fpgm", "bn", "flap", "obs")
+AUTO_SCOPES: Final[tuple[Scope, ...]] = ("global", "gradual")
 TRIED_AT = {"macs": 0.5}  # where an allowed drop alone decides
 PROBE_SAMPLES = 1024
 UNKNOWN = 1e30  # a loss that JSON can hold
@@ -38,23 +40,26 @@ Way = tuple[str, Scope]  # how units are scored: by a criterion, and in what sco
 
 def chosen_way(run: Context) -> Way:
     """How units are scored: as named, or the winner of the contest."""
-    losses = contest(run)
+    losses, (criteria, scopes) = contest(run), _left_open(run)
     if not losses:
-        return _ways(run)[0]
+        return criteria[0], scopes[0]
     winner = min(losses, key=losses.__getitem__)
-    return next(way for way in _ways(run) if BETWEEN.join(way) == winner)
+    return next(way for way in product(criteria, scopes) if BETWEEN.join(way) == winner)
 
 
-def _ways(run: Context) -> list[Way]:
-    """All that the options leave open; the first one where there are no data to tell."""
-    criteria = CONTESTANTS if run.options.criterion == AUTO else (run.options.criterion,)
-    scopes = SCOPES if run.options.scope == AUTO else (run.options.scope,)
-    return [(criterion, scope) for scope in scopes for criterion in criteria]
+def _left_open(run: Context) -> tuple[tuple[str, ...], tuple[Scope, ...]]:
+    """The criteria and the scopes among which the options leave the choice; without data one scope, the safer one."""
+    options = run.options
+    criteria = CONTESTANTS if options.criterion == AUTO else (options.criterion,)
+    if options.scope != AUTO:
+        return criteria, (options.scope,)
+    return criteria, AUTO_SCOPES if run.train is not None else AUTO_SCOPES[-1:]
 
 
 def contest(run: Context) -> dict[str, float]:
     """Where the criterion or the scope is auto, the loss after the same cut each way, repaired, before fine-tuning."""
-    if len(_ways(run)) == 1:
+    criteria, scopes = _left_open(run)
+    if len(criteria) == len(scopes) == 1:
         return {}
     found: dict[str, float] = memoised(run.folder / "contest.json", partial(_hold_contest, run))
     return found
@@ -96,7 +101,7 @@ def _how_many(run: Context, layers: list[Layer], scores: list[float]) -> int:
         for number, count in enumerate(counts):
             run.listener.progress(f"trying without {count} layers", number + 1, len(counts))
             without = _dropping(run, choose_layers(layers, scores, count))
-            losses[str(count)] = _trial(run, without, (LINED_UP_BY, SCOPES[0]))
+            losses[str(count)] = _trial(run, without, (LINED_UP_BY, AUTO_SCOPES[0]))
         return losses
 
     losses: dict[str, float] = memoised(run.folder / "layers.json", search)
@@ -105,13 +110,21 @@ def _how_many(run: Context, layers: list[Layer], scores: list[float]) -> int:
 
 
 def _hold_contest(run: Context) -> dict[str, float]:
-    losses = dict[str, float]()
-    ways = _ways(run)
-    for number, way in enumerate(ways):
-        name = BETWEEN.join(way)
-        run.listener.progress(f"trying {name}", number + 1, len(ways))
-        losses[name] = _trial(run, _dropping(run, []), way)
-    losses = {name: loss for name, loss in losses.items() if loss < UNKNOWN} or {BETWEEN.join(ways[0]): UNKNOWN}
+    """Of the criteria in one scope, then of the scopes with the best of them."""
+    (criteria, scopes), losses = _left_open(run), dict[str, float]()
+
+    def hold(ways: Iterable[Way]) -> None:
+        for way in ways:
+            name = BETWEEN.join(way)
+            run.listener.progress(f"trying {name}", len(losses) + 1, len(criteria) + len(scopes) - 1)
+            losses[name] = _trial(run, _dropping(run, []), way)
+
+    hold((criterion, scopes[0]) for criterion in criteria)
+    best = min(criteria, key=lambda criterion: losses[BETWEEN.join((criterion, scopes[0]))])
+    hold((best, scope) for scope in scopes[1:])
+    losses = {name: loss for name, loss in losses.items() if loss < UNKNOWN} or {
+        BETWEEN.join((best, scopes[0])): UNKNOWN
+    }
     run.note(f"ways to choose by loss: {ranked(losses)}")
     return losses
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Final, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -13,10 +15,15 @@ from numpy.typing import NDArray
 
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.labels import Solution, analyse
+from onnxprune.labels.flow import integer
 from onnxprune.labels.solve import Granularity
 from onnxprune.model import constant
 
 KINDS = ("width", "residual", "group", "value", "qk", "head", "hidden", "layer")  # the later goes before the earlier
+
+
+Kernels = Literal["none", "pointwise", "spatial"]
+KERNELS: Final[tuple[Kernels, ...]] = ("none", "pointwise", "spatial")  # "pointwise": 1x1, or depthwise
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ class Group:
     kind: str
     exact: bool
     members: tuple[str, ...]
-    aligned: bool  # feeds or leaves a convolution, where runtimes like round widths
+    kernels: Kernels  # the widest of the convolutions that it feeds or leaves, whose runtimes like round widths
     repeats: int  # positions of one unit along its shortest axis
     channels: int  # positions of all units along a typical axis of their parameters; a head has many
 
@@ -109,7 +116,7 @@ def _groups(
         for group in np.unique(index[solution.component[labels]]):
             if group >= 0:
                 kinds[group] = kind
-    aligned = _aligned(solution, index, count)
+    kernels = _kernels(solution, index, count)
     groups = []
     for group in np.unique(group_of):
         units = free[group_of == group]
@@ -123,7 +130,7 @@ def _groups(
                 kinds[group],
                 exact,
                 members,
-                bool(aligned[group]),
+                KERNELS[kernels[group]],
                 int(repeats[units].min()),
                 int(np.median(positions[group] or [len(units)])),
             )
@@ -131,16 +138,21 @@ def _groups(
     return sorted(groups, key=lambda group: int(group.units[0]))
 
 
-def _aligned(solution: Solution, index: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
-    aligned = np.zeros(count, bool)
+def _kernels(solution: Solution, index: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """For each group the position in `KERNELS` of the widest convolution that reads or writes it."""
+    widest = np.zeros(count, np.int64)
     for node in solution.flow.model.graph:
-        if node.op_type in ("Conv", "ConvTranspose"):
-            for value in (node.inputs[0], node.outputs[0]):
-                if value is not None:
-                    for vector in solution.axes(value):
-                        if vector is not None:
-                            aligned[index[vector][index[vector] >= 0]] = True
-    return aligned
+        if node.op_type not in ("Conv", "ConvTranspose") or node.inputs[1] is None:
+            continue
+        weight = solution.shapes.concrete(node.inputs[1])
+        depthwise = weight is not None and weight[1] == 1 and integer(node, "group", 1) > 1
+        spatial = weight is None or (math.prod(weight[2:]) > 1 and not depthwise)
+        for value in (node.inputs[0], node.outputs[0]):
+            for vector in solution.axes(value) if value is not None else ():
+                if vector is not None:
+                    groups = index[vector][index[vector] >= 0]
+                    widest[groups] = np.maximum(widest[groups], 1 + spatial)
+    return widest
 
 
 def of_kinds(units: Units, kinds: Sequence[str]) -> Units:

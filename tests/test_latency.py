@@ -19,7 +19,7 @@ from onnxprune.model import open_model
 from onnxprune.normalise import normalise
 from onnxprune.options import RunOptions
 from onnxprune.probe import CPU, SPEED_WIDTHS, Probe, block_size, cache_file, probe
-from onnxprune.select import Rounding, survivors_by_share
+from onnxprune.select import Rounding
 from onnxprune.units import find_units
 from tests.conftest import MODELS, call
 from tests.graphs import graph
@@ -44,15 +44,30 @@ def test_a_probe_is_kept_and_read_again(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert probe(threads=1).steps == found.steps  # measured anew
 
 
-def test_widths_are_rounded_to_the_block_and_narrow_ones_to_less() -> None:
-    units = find_units(analyse(normalise(open_model(MODELS / "digits_resnet.onnx"))))
-    scores = np.random.default_rng(0).random(units.count)
-    for block in (4, 8, 16):
-        alive = survivors_by_share(units, scores, 0.5, Rounding(None, block))
-        for group in units.groups:
-            left, whole = int(alive[group.units].sum()) * group.repeats, len(group.units) * group.repeats
-            step = next((s for s in (block, block // 2, block // 4) if s >= 4 and whole >= 3 * s), 1)
-            assert not group.aligned or left % step == 0 or left == whole
+WIDE = """(float[1,3,8,8] x, float[40,3,{k},{k}] w, float[5,40,{k},{k}] v) => (float[1,5,8,8] y)
+{{ h = Conv{p}(x, w) y = Conv{p}(h, v) }}"""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "block", "wanted"),
+    [
+        (3, 16, {1: 4, 4: 4, 5: 8, 8: 8, 9: 16, 16: 16, 17: 32, 33: 40}),
+        (3, 8, {1: 4, 5: 8, 9: 16, 17: 24, 33: 40}),
+        (1, 16, {1: 16, 16: 16, 17: 32, 33: 40}),  # 1x1 convolutions are slower below a block
+        (3, 1, {1: 1, 5: 5, 17: 17}),  # nothing is blocked
+    ],
+)
+def test_widths_are_whole_blocks_and_below_one_what_the_kernels_like(
+    kernel: int, block: int, wanted: dict[int, int]
+) -> None:
+    text = WIDE.format(k=kernel, p=f"<pads=[{', '.join(['1'] * 4)}]>" if kernel == 3 else "")
+    (group,) = find_units(analyse(graph(text))).groups
+    assert {kept: Rounding(None, block).up(group, kept) for kept in wanted} == wanted
+
+
+def test_what_feeds_matrix_products_alone_has_any_width() -> None:
+    for group in find_units(analyse(normalise(open_model(MODELS / "digits_mlp.onnx")))).groups:
+        assert Rounding(None, 16).up(group, 3) == 3
 
 
 def test_speeds_between_the_probed_widths() -> None:

@@ -16,7 +16,7 @@ from onnxprune.labels import analyse
 from onnxprune.model import open_model
 from onnxprune.normalise import normalise
 from onnxprune.proposals import outcome_of
-from onnxprune.score import CRITERIA, normalise_scores, score_units
+from onnxprune.score import CRITERIA, SCOPES, Scope, normalise_scores, score_units
 from onnxprune.select import Keep, Rounding, bounded, survivors, survivors_by_share, tau_for
 from onnxprune.threshold import INITIAL, Outcome, bisect_tau, initial_tau, next_progress, published_tau, reach
 from onnxprune.units import Units, find_units
@@ -81,11 +81,11 @@ def test_random_scores_follow_the_seed() -> None:
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("scope", ["layer", "global", "isomorphic"])
-def test_every_criterion_and_scope_reaches_half_of_the_macs(criterion: str, scope: str) -> None:
+@pytest.mark.parametrize("scope", SCOPES)
+def test_every_criterion_and_scope_reaches_half_of_the_macs(criterion: str, scope: Scope) -> None:
     units = units_of("digits_resnet")
     cost, everything = Cost(units), np.ones(units.count, bool)
-    scores = normalise_scores(units, score_units(units, criterion), scope)  # type: ignore[arg-type]
+    scores = normalise_scores(units, score_units(units, criterion), scope)
     found = tau_for(units, scores, Rounding(1), lambda alive: cost.macs(alive) <= cost.macs(everything) / 2)
     assert found is not None
     assert 0.4 * cost.macs(everything) < cost.macs(found[1]) <= 0.5 * cost.macs(everything)

@@ -47,7 +47,7 @@ def macs_of(path: Path) -> int:
 def ours(source: Path, share: float, out: Path, rounding: Rounding, target: Probe | None = None) -> None:
     """The cut that `run --target-macs` makes before it repairs; with a target as `--target-latency` weighs it."""
     units = chosen_units(normalise(open_model(source)), "auto", (), ())
-    scores = normalise_scores(units, score_units(units, "l2", 0), "global", origin_of(units, target))
+    scores = normalise_scores(units, score_units(units, "l2", 0), "gradual", origin_of(units, target))
     costs = Cost(units)
     limit = share * costs.macs(np.ones(units.count, bool))
     chosen = tau_for(units, scores, rounding, lambda alive: costs.macs(alive) <= limit)

@@ -70,8 +70,8 @@ RUN_OPTIONS = [
     click.option(
         "--scope",
         type=click.Choice([*SCOPES, "auto"]),
-        default="global",
-        help="What units are compared with; auto tries all, and keeps the one of lowest loss after repair.",
+        default="auto",
+        help="What units are compared with; auto is global or gradual, what has the lower loss after repair.",
     ),
     click.option(
         "--granularity",
