@@ -1,6 +1,6 @@
 """What each part is worth: `python tools/ablate.py MODEL TRAIN TEST [--macs 0.7 0.5] [--epochs 3]`.
 
-MODEL is cut by L2 to each share of its MACs, by the same share of every layer and by one global threshold. Written for
+MODEL is cut by L2 to each share of its MACs, by the same share of every layer and by one threshold, global or gradual. Written for
 each cut: the metric on the first 2,000 samples of TEST with nothing repaired; with batch normalisation re-estimated;
 with biases fitted to the uncut layers; with weights and biases (ridge regression), alone and with batch normalisation
 re-estimated after it. With --epochs also after fine-tuning on TRAIN from the ridge, on labels, on the uncut model's
@@ -95,7 +95,7 @@ def main() -> None:
             found.update({f"tuned on {name}": tuned(fitted, seed, share) for name, share in shares.items()})
         return found
 
-    for scope in ("layer", "global"):
+    for scope in ("layer", "global", "gradual"):
         scores = normalise_scores(units, raw, scope)
         for share in given.macs:
             chosen = tau_for(units, scores, Rounding(1), lambda alive, share=share: cost.macs(alive) <= share * whole)  # type: ignore[misc]
