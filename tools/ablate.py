@@ -1,10 +1,10 @@
 """What each part is worth: `python tools/ablate.py MODEL TRAIN TEST [--macs 0.7 0.5] [--epochs 3]`.
 
-MODEL is cut by L2 to each share of its MACs, by the same share of every layer and by one threshold, global or gradual. Written for
-each cut: the metric on the first 2,000 samples of TEST with nothing repaired; with batch normalisation re-estimated;
-with biases fitted to the uncut layers; with weights and biases (ridge regression), alone and with batch normalisation
-re-estimated after it. With --epochs also after fine-tuning on TRAIN from the ridge, on labels, on the uncut model's
-answers, and on both as `run` does it. Samples are drawn by the seeds; mean and spread over the seeds.
+MODEL is cut by L2 to each share of its MACs, by the same share of every layer and by one threshold, global or gradual.
+Written for each cut: the metric on the first 2,000 samples of TEST with nothing repaired; with batch normalisation
+re-estimated; with biases fitted to the uncut layers; with weights and biases (ridge regression), alone and with batch
+normalisation re-estimated after it. With --epochs also after fine-tuning on TRAIN from the ridge, on labels, on the
+uncut model's answers, and on both as `run` does it. Samples are drawn by the seeds; mean and spread over the seeds.
 """
 
 from __future__ import annotations
