@@ -31,9 +31,9 @@ class Rounding:
     def up(self, group: Group, kept: int) -> int:
         """The number of units of a group to keep so that `kept` stay, and as many positions as runtimes like.
 
-        Automatic rounding keeps whole blocks. Narrower than one block may be what convolutions over several positions
-        read or write, by halves of it: others, 1x1 or depthwise, are no faster there. For what nothing but matrix
-        products read every width is as good.
+        Automatic rounding keeps whole blocks. Narrower than one block, by halves of it, may be what only convolutions
+        over several positions read or write: others, 1x1 or depthwise, are no faster there. For what nothing but
+        matrix products read every width is as good.
         """
         if self.multiple is not None:
             return self._whole(group, kept, self.multiple)

@@ -22,8 +22,8 @@ from onnxprune.model import constant
 KINDS = ("width", "residual", "group", "value", "qk", "head", "hidden", "layer")  # the later goes before the earlier
 
 
-Kernels = Literal["none", "pointwise", "spatial"]
-KERNELS: Final[tuple[Kernels, ...]] = ("none", "pointwise", "spatial")  # "pointwise": 1x1, or depthwise
+Kernels = Literal["none", "spatial", "pointwise"]
+KERNELS: Final[tuple[Kernels, ...]] = ("none", "spatial", "pointwise")  # "pointwise": 1x1, or depthwise
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Group:
     kind: str
     exact: bool
     members: tuple[str, ...]
-    kernels: Kernels  # the widest of the convolutions that it feeds or leaves, whose runtimes like round widths
+    kernels: Kernels  # the narrowest of the convolutions that it feeds or leaves, where runtimes like round widths
     repeats: int  # positions of one unit along its shortest axis
     channels: int  # positions of all units along a typical axis of their parameters; a head has many
 
@@ -139,8 +139,8 @@ def _groups(
 
 
 def _kernels(solution: Solution, index: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """For each group the position in `KERNELS` of the widest convolution that reads or writes it."""
-    widest = np.zeros(count, np.int64)
+    """For each group the position in `KERNELS` of the narrowest convolution that reads or writes it."""
+    found = np.zeros(count, np.int64)
     for node in solution.flow.model.graph:
         if node.op_type not in ("Conv", "ConvTranspose") or node.inputs[1] is None:
             continue
@@ -151,8 +151,8 @@ def _kernels(solution: Solution, index: NDArray[np.int64], count: int) -> NDArra
             for vector in solution.axes(value) if value is not None else ():
                 if vector is not None:
                     groups = index[vector][index[vector] >= 0]
-                    widest[groups] = np.maximum(widest[groups], 1 + spatial)
-    return widest
+                    found[groups] = np.maximum(found[groups], 1 if spatial else 2)
+    return found
 
 
 def of_kinds(units: Units, kinds: Sequence[str]) -> Units:
