@@ -204,9 +204,9 @@ def origin_of(units: Units, target: Probe | None = None) -> Origin:
     """What makes scores of different groups comparable, taken from the uncut model.
 
     A group's scores, whose mean is about the same everywhere, are divided by the root of what one channel of it costs,
-    its share of the MACs over its channels: dear channels go first. A head counts as as many channels as it has, so
-    that heads and hidden units are on one scale. Chosen by measurement (docs/architecture.md). With a `target` it is
-    the estimated time there that counts, in place of MACs.
+    its share of the time over its channels: dear channels go first. The time is that of a reference machine, or of a
+    `target`. A head counts as as many channels as it has, so that heads and hidden units are on one scale. Chosen by
+    measurement (docs/architecture.md).
     """
     costs = Cost(units, target).of_groups(units)
     return {
