@@ -65,6 +65,13 @@ def test_widths_are_whole_blocks_and_below_one_what_the_kernels_like(
     assert {kept: Rounding(None, block).up(group, kept) for kept in wanted} == wanted
 
 
+def test_a_1x1_convolution_beside_a_wider_one_decides() -> None:
+    mixed = WIDE.replace("float[5,40,{k},{k}] v", "float[5,40,1,1] v").format(k=3, p="<pads=[1, 1, 1, 1]>")
+    mixed = mixed.replace("y = Conv<pads=[1, 1, 1, 1]>", "y = Conv")
+    (group,) = find_units(analyse(graph(mixed))).groups
+    assert Rounding(None, 16).up(group, 4) == 16
+
+
 def test_what_feeds_matrix_products_alone_has_any_width() -> None:
     for group in find_units(analyse(normalise(open_model(MODELS / "digits_mlp.onnx")))).groups:
         assert Rounding(None, 16).up(group, 3) == 3

@@ -120,6 +120,16 @@ def test_widths_are_rounded_up() -> None:
     assert all(alive[group.units].sum() >= 0.4 * len(group.units) for group in units.groups)
 
 
+@pytest.mark.parametrize(("scope", "spared"), [("global", False), ("gradual", True)])
+def test_gradual_takes_a_part_where_global_takes_all_but_one(scope: Scope, spared: bool) -> None:
+    """Where the units of a group are alike."""
+    units = units_of("digits_mlp")
+    group = units.groups[0]
+    scores = normalise_scores(units, np.ones(units.count), scope)[group.units]
+    kept = int((scores >= 2 * scores.min()).sum())
+    assert kept == (pytest.approx(len(group.units) / 2, abs=1) if spared else 0)
+
+
 def test_a_unit_goes_when_its_score_is_under_tau() -> None:
     units = units_of("digits_mlp")
     scores = normalise_scores(units, score_units(units), "global")
