@@ -48,7 +48,7 @@ def chosen_way(run: Context) -> Way:
 
 
 def _left_open(run: Context) -> tuple[tuple[str, ...], tuple[Scope, ...]]:
-    """The criteria and the scopes among which the options leave the choice; without data one scope, the safer one."""
+    """The criteria and the scopes among which the options leave the choice; without data one scope, gradual."""
     options = run.options
     criteria = CONTESTANTS if options.criterion == AUTO else (options.criterion,)
     if options.scope != AUTO:
