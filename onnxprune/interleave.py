@@ -106,7 +106,10 @@ class Bound:
 
 
 def open_as(onnxruntime: Any, path: str, provider: str, settings: Dict[str, Any]) -> Any:  # noqa: UP006
-    """A session as the settings have it: threads, optimization, provider_options and bound (see `bench.Runtime`)."""
+    """A session as the settings have it: threads, optimization, provider_options and bound (see `bench.Runtime`).
+
+    Ends the program where the provider can't be loaded: onnxruntime would go on with the CPU.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     if settings["threads"]:
@@ -114,6 +117,8 @@ def open_as(onnxruntime: Any, path: str, provider: str, settings: Dict[str, Any]
         options.inter_op_num_threads = 1
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[settings["optimization"]])
     session = onnxruntime.InferenceSession(path, options, providers=[(provider, settings["provider_options"])])
+    if provider not in session.get_providers():
+        sys.exit(f"{provider} is in this onnxruntime but can't be loaded here")
     return Bound(onnxruntime, session) if settings["bound"] else session
 
 

@@ -22,7 +22,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from onnx_ir import external_data
 from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
-from onnxprune.errors import ModelError
+from onnxprune.errors import ModelError, UsageError
 from onnxprune.files import replacing
 
 INLINE = 1.9 * 2**30  # bytes of weights; protobuf can't serialise a message of 2 GiB
@@ -278,7 +278,11 @@ class Session(InferenceSession):
 def open_session(
     model: ir.Model | str, options: SessionOptions | None = None, providers: list[Any] | None = None
 ) -> InferenceSession:
-    """An onnxruntime session for a model. Raises `ModelError` with onnxruntime's reason when it refuses the model."""
+    """An onnxruntime session for a model, on the first of the execution providers as far as that one can.
+
+    Raises `ModelError` with onnxruntime's reason when it refuses the model, and `UsageError` when the provider can't be
+    loaded, where onnxruntime alone would run everything on the CPU.
+    """
     options = options or SessionOptions()
     options.log_severity_level = 4
     source: str | bytes
@@ -291,9 +295,17 @@ def open_session(
         used = {name for name in tensors if initializers[name].uses() or initializers[name].is_graph_output()}
         weights = {name: _ort_value(tensors[name]) for name in used}
     try:
-        return Session(source, options, providers or ["CPUExecutionProvider"], weights)
+        session = Session(source, options, providers or ["CPUExecutionProvider"], weights)
     except Exception as error:  # onnxruntime raises a dozen unrelated types here
         raise ModelError(f"onnxruntime can't run the model: {_first_line(error)}") from error
+    for asked in (providers or [])[:1]:
+        name = asked if isinstance(asked, str) else asked[0]
+        if name not in session.get_providers():
+            raise UsageError(
+                f"{name} is in this onnxruntime but can't be loaded here; what it says above names what is missing "
+                "(a driver, a library); install that or choose another execution provider"
+            )
+    return session
 
 
 def _ort_value(tensor: ir.TensorProtocol) -> OrtValue:

@@ -18,18 +18,21 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import platformdirs
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.evaluate import session_options
 from onnxprune.files import write_json
+from onnxprune.interleave import Bound
+from onnxprune.model import open_session
 
 CPU = "CPUExecutionProvider"
 KINDS = ("conv", "pointwise", "depthwise", "matmul")  # products, by what runs them
 LAYERS, MANY, SIDE, WIDTH = 4, 24, 28, 64  # of the models that are timed
 SPEED_WIDTHS = (4, 8, 16, 32, 64, 128)
-FORMAT = 3  # of what is kept
+FORMAT = 4  # of what is kept
 READ = 1024  # width of products at one position, whose time is that of reading their weights
 ROUNDS = 40
 STEPS = (1, 2, 4, 8, 16, 32)
@@ -155,19 +158,19 @@ def _step(kind: str, provider: str, threads: int | None) -> int:
 
 
 def _times(models: Sequence[onnx.ModelProto], provider: str, threads: int | None) -> list[float]:
-    """Nanoseconds of a run of each, the median of interleaved runs."""
-    sessions, feeds = [], []
+    """Nanoseconds of a run of each, the median of interleaved runs; inputs and outputs stay where the provider is."""
+    kept, feeds = [], []
     for model in models:
-        options = session_options(threads)
-        sessions.append(onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[provider]))
+        session = open_session(ir.from_proto(model), session_options(threads), [provider])
+        kept.append(Bound(onnxruntime, session))
         shape = [dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim]
         feeds.append({"x": np.random.default_rng(0).standard_normal(shape).astype(np.float32)})
     rows = []
     for _ in range(ROUNDS + 3):
         row = []
-        for session, feed in zip(sessions, feeds, strict=True):
+        for bound, feed in zip(kept, feeds, strict=True):
             before = time.perf_counter_ns()
-            session.run(None, feed)
+            bound.run(None, feed)
             row.append(time.perf_counter_ns() - before)
         rows.append(row)
     return [float(each) for each in np.median(np.array(rows[3:]), axis=0)]

@@ -1,13 +1,16 @@
 """Time at equal MACs: onnxprune's choice of widths, ragged widths, and Torch-Pruning's exported model.
 
     python tools/compare_latency.py MODEL[=SIZE] … [--peer-python PYTHON] [--macs 0.5] [--threads 1] [-o FILE]
+        [--ep cuda --batch 32]
 
 MODEL may be a topology without weights from a folder that has a `zoo.py` to fill it; with a SIZE its images are as high
-and wide. Onnxprune's cut is that of `--target-macs`; "by time" groups are weighed by the time that the probe says they
-cost, as for `--target-latency`; "ragged" widths aren't rounded. All cuts leave the same share of
-the MACs, by L2; they and the uncut model are timed in one process, in turns. What is written, as JSON and as a table,
-is how many times as fast as the uncut model each is, with its 95 % interval, and the MACs that are really left: at the
-same MACs a model should be as many times as fast as its MACs are fewer. Nothing is trained.
+and wide, with --batch there are so many. On other execution providers than the CPU's, widths are rounded to the step
+that the probe finds, and inputs and outputs stay on the device. Onnxprune's cut is that of `--target-macs`; "by time"
+groups are weighed by the time that the probe says they cost, as for `--target-latency`; "ragged" widths aren't rounded.
+All cuts leave the same share of the MACs, by L2; they and the uncut model are timed in one process, in turns. What is
+written, as JSON and as a table, is how many times as fast as the uncut model each is, with its 95 % interval, and the
+MACs that are really left: at the same MACs a model should be as many times as fast as its MACs are fewer. Nothing is
+trained.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import numpy as np
 import onnx
 from sweep import filled
 
-from onnxprune.bench import time_models
+from onnxprune.bench import Runtime, bench_models, find_providers
 from onnxprune.cost import Cost
 from onnxprune.cut import cut
 from onnxprune.data import random_inputs
@@ -31,7 +34,7 @@ from onnxprune.finalise import finalise
 from onnxprune.labels import analyse
 from onnxprune.model import open_model, save_model
 from onnxprune.normalise import normalise
-from onnxprune.probe import Probe, probe
+from onnxprune.probe import CPU, Probe, probe
 from onnxprune.score import normalise_scores, origin_of, score_units
 from onnxprune.select import Rounding, tau_for
 from onnxprune.units import chosen_units, find_units
@@ -76,11 +79,15 @@ def theirs(python: str, source: Path, share: float, folder: Path) -> Path | None
     return path
 
 
-def resized(path: Path, size: int, folder: Path) -> Path:
-    """The model for images of another size."""
+def resized(path: Path, size: int | None, batch: int | None, folder: Path) -> Path:
+    """The model for images of another size, and another number of them."""
     model = onnx.load(path)
-    for dim in model.graph.input[0].type.tensor_type.shape.dim[-2:]:
-        dim.dim_value = size
+    first, *_, height, width = model.graph.input[0].type.tensor_type.shape.dim
+    for dim, wanted in ((first, batch), (height, size), (width, size)):
+        if wanted:
+            dim.dim_value = wanted
+    if batch:
+        model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = batch
     del model.graph.value_info[:]
     onnx.save(model, folder / f"{path.stem}_{size}.onnx")
     return folder / f"{path.stem}_{size}.onnx"
@@ -90,17 +97,23 @@ def compare(given: argparse.Namespace, entry: str, folder: Path) -> dict[str, An
     """The figures of one model."""
     name, _, size = entry.partition("=")
     model, source = Path(name), filled(Path(name), folder)
-    source = resized(source, int(size), folder) if size else source
+    source = resized(source, int(size) if size else None, given.batch, folder)
+    (provider,) = find_providers([given.ep])
+    target = probe(provider, given.threads)
+    rounding = Rounding() if provider == CPU else Rounding(None, target.steps["conv"])
     paths = {"uncut": source, **{kind: folder / f"{kind}.onnx" for kind in ("onnxprune", "by time", "ragged")}}
-    ours(source, given.macs, paths["onnxprune"], Rounding())
-    ours(source, given.macs, paths["by time"], Rounding(), probe(threads=given.threads))
+    ours(source, given.macs, paths["onnxprune"], rounding)
+    ours(source, given.macs, paths["by time"], rounding, target)
     ours(source, given.macs, paths["ragged"], Rounding(1))
     if given.peer_python and (peer := theirs(given.peer_python, source, given.macs, folder)):
         paths["Torch-Pruning"] = peer
     whole = macs_of(source)
-    found = time_models(list(paths.values()), "cpu", given.threads, given.seconds)
-    row: dict[str, Any] = {"model": model.stem, "size": size, "threads": given.threads}
-    for (kind, path), compared in zip(paths.items(), found, strict=True):
+    runtime = Runtime(given.threads, bound=provider != CPU)
+    found = bench_models(list(paths.values()), [provider], seconds=given.seconds, runtime=runtime)
+    row: dict[str, Any] = {name: getattr(given, name) for name in ("threads", "ep", "batch")}
+    row |= {"model": model.stem, "size": size}
+    for (kind, path), result in zip(paths.items(), found, strict=True):
+        compared = result.against_first
         row[kind] = {
             "macs": macs_of(path) / whole,
             "speedup": compared.speedup,
@@ -131,6 +144,8 @@ def main() -> None:
     parser.add_argument("--peer-python")
     parser.add_argument("--macs", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ep", default="cpu")
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("-o", "--output", type=Path, default=Path("equal_macs.json"))
     given = parser.parse_args()

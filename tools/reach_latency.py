@@ -1,4 +1,6 @@
-"""How near `--target-latency` comes: `python tools/reach_latency.py MODEL[=DATA] … [--targets 0.7 0.5] [-o FILE]`.
+"""How near `--target-latency` comes.
+
+    python tools/reach_latency.py MODEL[=DATA] … [--targets 0.7 0.5] [--ep NAME] [-o FILE]
 
 For each model and share of the uncut time: the share that a benchmark of its own measures then, with its interval,
 the share of the MACs left, and that of MACs at ragged widths (`--target-macs` at that share, `--round-to 1`) in time.
@@ -39,17 +41,17 @@ def run(model: str, data: str, out: Path, threads: int, *words: str) -> dict[str
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def reach(model: str, data: str, target: float, threads: int) -> dict[str, Any]:
+def reach(model: str, data: str, target: float, threads: int, ep: str) -> dict[str, Any]:
     """The figures of one model at one target."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         by_time, ragged = folder / "time.onnx", folder / "ragged.onnx"
-        report = run(model, data, by_time, threads, "--target-latency", str(target))
+        report = run(model, data, by_time, threads, "--target-latency", str(target), "--ep", ep)
         macs = report["pruned"]["macs"] / report["baseline"]["macs"]
         if macs < 1:
-            run(model, data, ragged, threads, "--target-macs", f"{macs:.4f}", "--round-to", "1")
+            run(model, data, ragged, threads, "--target-macs", f"{macs:.4f}", "--round-to", "1", "--ep", ep)
         paths = [Path(model), by_time, *([ragged] if macs < 1 else [])]
-        found = [result.against_first for result in bench_models(paths, threads=threads, seconds=6)][1:]
+        found = [result.against_first for result in bench_models(paths, [ep], threads=threads, seconds=6)][1:]
         shares = [{"share": 1 / c.speedup, "low": 1 / c.high, "high": 1 / c.low} for c in found]
         return {"model": Path(model).name, "asked": target, "macs": macs, "time": shares[0], "ragged": shares[-1]}
 
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL[=DATA]")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.7, 0.5])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--ep", default="cpu")
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("-o", "--output", type=Path, default=Path("latency.json"))
     given = parser.parse_args()
@@ -97,7 +100,7 @@ def main() -> None:
     for entry in given.models:
         model, _, data = entry.partition("=")
         for target in given.targets:
-            rows.append(row := reach(model, data, target, given.threads))
+            rows.append(row := reach(model, data, target, given.threads, given.ep))
             said = [f"{s['share']:.2f} ({s['low']:.2f} to {s['high']:.2f})" for s in (row["time"], row["ragged"])]
             lines.append(f"| {row['model']} | {target:.2f} | {said[0]} | {row['macs']:.2f} | {said[1]} |")
             print(lines[-1], flush=True)

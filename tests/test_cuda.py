@@ -1,0 +1,97 @@
+"""The CUDA execution provider for real; skipped where this onnxruntime has none that can be loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from onnxprune.bench import Runtime, bench_models, fallen_back
+from onnxprune.data import random_inputs
+from onnxprune.errors import UsageError
+from onnxprune.model import open_model, open_session
+from onnxprune.probe import probe
+from tests.conftest import MODELS, call
+
+CUDA = "CUDAExecutionProvider"
+NAMES = ("digits_resnet", "digits_vit", "digits_gru", "digits_mlp")
+
+
+def loads() -> bool:
+    try:
+        open_session(str(MODELS / "digits_mlp.onnx"), providers=[CUDA])
+    except UsageError:
+        return False
+    return True
+
+
+needs_cuda = pytest.mark.skipif(
+    CUDA not in onnxruntime.get_available_providers() or not loads(), reason="no CUDA execution provider here"
+)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each model at half of its MACs."""
+    folder = tmp_path_factory.mktemp("cuda")
+    paths = {name: folder / f"{name}.onnx" for name in NAMES}
+    for name, path in paths.items():
+        done = call("run", MODELS / f"{name}.onnx", "--target-macs", 0.5, "-o", path, cwd=folder)
+        assert done.status == 0, done.err
+    return paths
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", NAMES)
+def test_pruned_models_give_the_cpus_outputs(pruned: dict[str, Path], name: str) -> None:
+    feeds = random_inputs(open_model(pruned[name]), 0, 4)
+    exact = (CUDA, {"use_tf32": "0"})
+    on_cpu, on_gpu = (
+        open_session(str(pruned[name]), providers=[provider]).run(None, dict(feeds))
+        for provider in ("CPUExecutionProvider", exact)
+    )
+    for a, b in zip(on_cpu, on_gpu, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+@needs_cuda
+def test_convolutions_run_on_the_gpu(pruned: dict[str, Path]) -> None:
+    on_cpu, nodes = fallen_back(pruned["digits_resnet"], "cuda")
+    assert on_cpu < nodes / 4
+
+
+@needs_cuda
+@pytest.mark.parametrize("bound", [False, True])
+def test_models_are_timed_there(pruned: dict[str, Path], bound: bool) -> None:
+    paths = [MODELS / "digits_resnet.onnx", pruned["digits_resnet"]]
+    results = bench_models(paths, ["cuda"], seconds=1, runtime=Runtime(bound=bound))
+    assert [result.provider for result in results] == [CUDA, CUDA]
+    assert all(0 < result.against_first.low <= result.against_first.high for result in results)
+
+
+@needs_cuda
+def test_the_probe_times_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = probe(CUDA, None)
+    assert found.provider == CUDA
+    assert found.overhead > 100  # nanoseconds: a kernel has to be launched
+    assert all(speed > 0 for speeds in found.speed.values() for speed in speeds)
+
+
+class OnCpu(onnxruntime.InferenceSession):
+    """A session as onnxruntime gives it where the provider's library can't be loaded."""
+
+    def get_providers(self) -> list[Any]:
+        return ["CPUExecutionProvider"]
+
+
+def test_a_provider_that_cannot_be_loaded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxprune.model.Session.get_providers", OnCpu.get_providers)
+    other = next((name for name in onnxruntime.get_available_providers() if not name.startswith("CPU")), None)
+    if other is None:
+        pytest.skip("this onnxruntime has the CPU only")
+    with pytest.raises(UsageError, match=f"{other}.*can't be loaded"):
+        bench_models([MODELS / "digits_mlp.onnx"], [other], seconds=0.1)
