@@ -43,7 +43,7 @@ from onnxprune.report import Report, Side, latency_sides, versions, widths
 from onnxprune.score import CRITERIA
 from onnxprune.select import survivors
 from onnxprune.sources import ImageOptions, as_dataset
-from onnxprune.synthesise import synthetic_dataset
+from onnxprune.synthesise import noise_dataset, synthetic_dataset
 from onnxprune.training import TrainingOptions, fine_tune, prepare_trainer
 from onnxprune.training.losses import plan_loss
 from onnxprune.training.worker import write_arrays
@@ -101,7 +101,8 @@ def run(
         save_model(baseline, folder / "baseline.onnx")
     calibration = train
     if train is None and (made := _made_up(baseline, units, folder / "inputs.npz", options, listener, notes)):
-        calibration, evaluation = made.split(HELD_BACK, options.seed)
+        calibration, held = made.split(HELD_BACK, options.seed)
+        evaluation = held if eval_data is None else evaluation
     for note in notes:
         listener.note(note)
     metric = find_metric(options.metric, evaluation)
@@ -148,21 +149,32 @@ def _load(
 def _made_up(
     baseline: ir.Model, units: Units, path: Path, options: RunOptions, listener: Listener, notes: list[str]
 ) -> Dataset | None:
-    """Inputs made from the model's own statistics, if it has any and training is available; they're kept in `path`."""
+    """Inputs made from the model's own statistics, kept in `path`; noise where there are none.
+
+    None for models that read anything but floats, of which noise says nothing.
+    """
+    macs = costs_of(units)["macs"]
     if not path.exists():
-        threads, macs = options.threads or os.cpu_count() or 1, costs_of(units)["macs"]
-        show, found = partial(listener.progress, "making inputs from batch-normalisation statistics"), None
+        threads, found = options.threads or os.cpu_count() or 1, None
+        show = partial(listener.progress, "making inputs from batch-normalisation statistics")
         try:
             found = synthetic_dataset(baseline, macs, options.seed, threads, show)
         except TrainingError as error:
-            notes.append(f"without data nothing was repaired: no inputs could be made: {error}")
+            notes.append(f"no inputs could be made from batch-normalisation statistics: {error}")
         write_arrays(path, found.inputs if found is not None else {})
     with np.load(path) as arrays:
-        if not arrays.files:
-            notes.append("fidelity is on random inputs")
-            return None
-        notes.append("layers were fitted, and fidelity measured, on inputs made from batch-normalisation statistics")
-        return Dataset(dict(arrays), None)
+        if arrays.files:
+            notes.append(
+                "layers were fitted, and fidelity measured, on inputs made from batch-normalisation statistics"
+            )
+            return Dataset(dict(arrays), None)
+    noise = noise_dataset(baseline, macs, options.seed)
+    notes.append(
+        "nothing was fitted, and fidelity is on random inputs"
+        if noise is None
+        else "layers fitted, and fidelity measured, on noise; a few samples of the data, without labels, do better"
+    )
+    return noise
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Calibration inputs for those who have no data: noise, changed until batch normalisation sees what it saw in training.
 
+Where a model has none, noise like images and signals: `noise_dataset`.
+
 Cai et al. 2020, ZeroQ, section 3.1, equation 1: with m and v the mean and variance over a batch of what a
 BatchNormalization reads, the loss is the sum over all of them of the distance to the mean and variance that it holds.
 """
@@ -13,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from onnxprune.data import Dataset, fixed_batch, model_inputs, random_inputs
+from onnxprune.data import Dataset, fixed_batch, model_inputs, random_dataset, random_inputs
 from onnxprune.errors import TrainingError
 from onnxprune.model import constant
 from onnxprune.shapes import Shapes, add_initializer, replace_node
@@ -27,6 +30,10 @@ STEPS, LEAST_STEPS, RATE = 60, 20, 0.2
 BUDGET = 4e12  # multiply-accumulates that all steps may take, if that allows the fewest; about two minutes on two cores
 PASSES = 3  # that a step takes: forward, and two backward
 NUMBERS = 2**24  # that all inputs together hold, at most
+NOISES = 640  # of which a fifth is for decisions
+FITTING = 10  # passes that fitting takes, roughly
+SHORT = 8  # positions, below which an axis is one of channels
+CONTRASTS = (-0.5, 0.5)  # powers of ten
 
 
 def synthetic_dataset(
@@ -55,6 +62,43 @@ def synthetic_dataset(
     with tempfile.TemporaryDirectory() as folder:
         found = minimise(graph, [IMAGES], count, Path(folder) / "job", options, show)
     return Dataset({name: found[IMAGES]}, None)
+
+
+def noise_dataset(model: ir.Model, macs: int, seed: int) -> Dataset | None:
+    """Up to 640 unlabelled inputs of pink noise, for a normalised model that tells nothing of its inputs; fewer for one
+    of many MACs. None for a model that reads anything but floats.
+
+    Images and signals have the same energy in every octave (Field 1987, Relations between the statistics of natural
+    images and the response properties of cortical cells), and channels that look alike: half of this noise is the same
+    in all of them. On that comes a brightness of as much variance; contrasts of samples differ up to tenfold. All suits
+    standardised data.
+    """
+    if any(value.dtype is None or not value.dtype.is_floating_point() for value in model_inputs(model)):
+        return None
+    sizes = [array.size / len(array) for array in random_dataset(model, 1, seed).inputs.values() if array.ndim]
+    affordable = min(BUDGET / (FITTING * max(macs, 1)), NUMBERS / max(sum(sizes), 1))
+    drawn, rng = random_dataset(model, int(np.clip(affordable, FEWEST, NOISES)), seed), np.random.default_rng(seed)
+    return Dataset({name: _pink(array.shape, rng).astype(array.dtype) for name, array in drawn.inputs.items()}, None)
+
+
+def _pink(shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Samples with the same energy in every octave along their long axes, each of its own contrast and brightness."""
+    places = [axis for axis in range(1, len(shape)) if shape[axis] >= SHORT] if len(shape) > 2 else []
+    squares, lowest = np.zeros((1,) * len(shape)), 1.0
+    for axis in places:
+        along = [-1 if other == axis else 1 for other in range(len(shape))]
+        squares = squares + np.square(np.fft.fftfreq(shape[axis])).reshape(along)
+        lowest = min(lowest, 1 / shape[axis])
+    fall = np.maximum(np.sqrt(squares), lowest) ** (-len(places) / 2)
+
+    def drawn(alike: bool) -> NDArray[np.float64]:
+        size = [1 if alike and axis not in (0, *places) else shape[axis] for axis in range(len(shape))]
+        white = rng.standard_normal(size)
+        return np.asarray(np.fft.ifftn(np.fft.fftn(white, axes=places) * fall, axes=places).real if places else white)
+
+    noise, each = drawn(False) + drawn(True), shape[:1] + (1,) * (len(shape) - 1)
+    noise = noise / max(noise.std(), 1e-12) + rng.standard_normal(each)
+    return np.asarray(noise * 10 ** rng.uniform(*CONTRASTS, each))
 
 
 def _norms(model: ir.Model) -> list[ir.Node]:

@@ -48,12 +48,12 @@ def chosen_way(run: Context) -> Way:
 
 
 def _left_open(run: Context) -> tuple[tuple[str, ...], tuple[Scope, ...]]:
-    """The criteria and the scopes among which the options leave the choice; without data one scope, gradual."""
+    """The criteria and the scopes among which the options leave the choice; one scope where nothing can be fitted."""
     options = run.options
     criteria = CONTESTANTS if options.criterion == AUTO else (options.criterion,)
     if options.scope != AUTO:
         return criteria, (options.scope,)
-    return criteria, AUTO_SCOPES if run.train is not None else AUTO_SCOPES[-1:]
+    return criteria, AUTO_SCOPES if run.calibration is not None else AUTO_SCOPES[:1]
 
 
 def contest(run: Context) -> dict[str, float]:

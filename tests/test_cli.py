@@ -16,12 +16,12 @@ import onnx
 import onnxruntime
 import pytest
 
-from onnxprune.model import open_model
+from onnxprune.model import open_model, save_model
 from onnxprune.plan import load_plan
 from onnxprune.training import supported
 from onnxprune.verify import mask_oracle
 from tests.conftest import MODELS, call, needs_training, start
-from tests.graphs import proto
+from tests.graphs import graph, proto
 
 DIGITS, TEST = MODELS / "digits.npz", MODELS / "digits_test.npz"
 
@@ -80,16 +80,26 @@ def test_an_allowed_drop_alone_decides(tmp_path: Path) -> None:
 
 
 def test_without_data_accuracy_is_said_to_be_unmeasured(tmp_path: Path) -> None:
-    # without batch normalisation there is nothing to repair by: what is written is the cut
     result = call("run", MODELS / "digits_mlp.onnx", "-o", "out.onnx", cwd=tmp_path)
     assert result.status == 0
     assert "accuracy was not measured" in result.err and "not measured" in result.out
     report = json.loads((tmp_path / "out.onnxprune" / "report.json").read_text())
     assert report["pruned"]["metric"] is None and 0 < report["pruned"]["fidelity"]["cosine"] < 100
     assert report["pruned"]["macs"] <= 0.75 * report["baseline"]["macs"]
-    plan = load_plan(tmp_path / "out.onnxprune" / "plan.json")
+    assert any("on noise" in note for note in report["notes"])
+
+
+def test_models_that_read_tokens_are_cut_without_data_and_not_fitted(tmp_path: Path) -> None:
+    text = """(int64[N,5] x, float[9,8] e, float[8,12] v, float[12,3] w) => (float[N,5,3] y)
+    { h = Gather(e, x) a = MatMul(h, v) r = Relu(a) y = MatMul(r, w) }"""
+    save_model(graph(text), tmp_path / "tokens.onnx")
+    result = call("run", "tokens.onnx", "-o", "out.onnx", "--json", cwd=tmp_path)
+    assert result.status == 0, result.err
+    assert any("nothing was fitted" in note for note in result.json["notes"])
     run = tmp_path / "out.onnxprune"
-    found = mask_oracle(open_model(run / "baseline.onnx"), open_model(run / "pruned.onnx"), plan)
+    found = mask_oracle(
+        open_model(run / "baseline.onnx"), open_model(run / "pruned.onnx"), load_plan(run / "plan.json")
+    )
     assert found.exact and found.difference < 1e-5
 
 

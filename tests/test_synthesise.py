@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import onnxprune
+from onnxprune import RunOptions
 from onnxprune.cost import Cost
 from onnxprune.cut import cut
 from onnxprune.data import random_dataset
@@ -16,7 +18,7 @@ from onnxprune.model import open_model
 from onnxprune.normalise import normalise
 from onnxprune.reconstruct import reconstruct
 from onnxprune.sources import as_dataset
-from onnxprune.synthesise import synthetic_dataset
+from onnxprune.synthesise import noise_dataset, synthetic_dataset
 from onnxprune.units import prunable
 from tests.conftest import MODELS, call, needs_training
 from tests.graphs import graph, random_cut
@@ -84,3 +86,48 @@ def test_a_run_without_data_repairs(tmp_path: Path) -> None:
     first = (tmp_path / "o.onnx").read_bytes()
     assert call(*run, "--resume", cwd=tmp_path).status == 0
     assert (tmp_path / "o.onnx").read_bytes() == first
+
+
+@pytest.mark.parametrize("name", ["digits_mlp", "digits_gru"])
+def test_noise_repairs_models_without_statistics(name: str, tmp_path: Path) -> None:
+    """What a run fits on noise is well above the same cut alone."""
+    report = onnxprune.run(
+        MODELS / f"{name}.onnx", output=tmp_path / "o.onnx", options=RunOptions(target_macs=0.5, bench_seconds=0.1)
+    )
+    assert any("on noise" in note for note in report.notes)
+    done = tmp_path / "o.onnxprune"
+    call("apply", done / "plan.json", done / "baseline.onnx", "-o", "cut.onnx", cwd=tmp_path)
+    test, top1 = as_dataset(str(MODELS / "digits_test.npz"), open_model(tmp_path / "o.onnx"), None), []
+    for path in ("cut.onnx", "o.onnx"):
+        outputs = predict(open_model(tmp_path / path), test)
+        top1.append(find_metric("top1", test).compute(outputs, test.labels, []))
+    assert top1[1] > top1[0] + 5, top1
+
+
+def test_noise_is_like_images() -> None:
+    """Neighbours and channels are alike; brightness and contrast differ from sample to sample."""
+    model = graph("(float[N,3,32,32] x, float[4,3,3,3] w) => (float[N,4,30,30] y) { y = Conv(x, w) }")
+    made = noise_dataset(model, 1000, 0)
+    assert made is not None and len(made) == 640 and made.labels is None
+    x = made.inputs["x"]
+    assert x.dtype == np.float32 and np.isfinite(x).all()
+    flat = x - x.mean((2, 3), keepdims=True)
+    near, far = (np.mean(flat[..., step:] * flat[..., :-step]) / flat.var() for step in (1, 12))
+    assert near > 0.5 > 0.2 > far
+    assert np.mean(flat[:, 0] * flat[:, 1]) / flat.var() == pytest.approx(0.5, abs=0.1)
+    assert np.quantile(x.std((1, 2, 3)), 0.9) > 3 * np.quantile(x.std((1, 2, 3)), 0.1)
+    again = noise_dataset(model, 1000, 0)
+    assert again is not None and (again.inputs["x"] == x).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("(int64[N] x, float[6,5] w) => (float[N,5] y) { y = Gather(w, x) }", None),
+        ("(float[N,6] x, float[6,5] w) => (float[N,5] y) { y = MatMul(x, w) }", 640),
+        ("(float[2,6] x, float[2,6] z) => (float[2,6] y) { y = Add(x, z) }", 640),
+    ],
+)
+def test_noise_for_other_models(text: str, count: int | None) -> None:
+    made = noise_dataset(graph(text), 1000, 0)
+    assert (made if made is None else len(made)) == count
