@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from onnxprune.bench import Runtime, bench_models, fallen_back
+from onnxprune.bench import Runtime, bench_models, fallen_back, is_loadable
 from onnxprune.data import random_inputs
 from onnxprune.errors import UsageError
 from onnxprune.model import open_model, open_session
@@ -20,16 +20,8 @@ CUDA = "CUDAExecutionProvider"
 NAMES = ("digits_resnet", "digits_vit", "digits_gru", "digits_mlp")
 
 
-def loads() -> bool:
-    try:
-        open_session(str(MODELS / "digits_mlp.onnx"), providers=[CUDA])
-    except UsageError:
-        return False
-    return True
-
-
 needs_cuda = pytest.mark.skipif(
-    CUDA not in onnxruntime.get_available_providers() or not loads(), reason="no CUDA execution provider here"
+    CUDA not in onnxruntime.get_available_providers() or not is_loadable(CUDA), reason="no CUDA execution provider here"
 )
 
 

@@ -21,7 +21,7 @@ from onnxprune.bench import (
 from onnxprune.cli.options import PairType, ShapeType, with_json
 from onnxprune.cli.output import print_json, say, show
 from onnxprune.errors import UsageError
-from onnxprune.interleave import LEVELS
+from onnxprune.interleave import LEVELS, ON_GPU
 from onnxprune.probe import CPU
 from onnxprune.remote import SCRIPT, bench_by_ssh, full_name, write_bundle
 
@@ -104,8 +104,9 @@ def bench_command(
         print_json({"results": [result.to_json() for result in results], "profiles": operators})
         return 0
     show(_results(results, len(models)))
+    what = "time to launch, by operator" if full_name(ep[0]) in ON_GPU else "by operator"
     for name, rows in profiles.items():
-        show(_profile(name, rows))
+        show(_profile(f"{name}, {what}", rows))
     return 0
 
 
@@ -140,8 +141,8 @@ def _results(results: Sequence[BenchResult], models: int) -> Table:
     return table
 
 
-def _profile(name: str, rows: list[OperatorTime]) -> Table:
-    table = Table(title=f"{name}, by operator")
+def _profile(title: str, rows: list[OperatorTime]) -> Table:
+    table = Table(title=title)
     for column in ("operator", "nodes", "ms a run", "share"):
         table.add_column(column, justify="left" if column == "operator" else "right")
     for row in rows:

@@ -8,6 +8,7 @@ import click
 import onnxruntime
 from rich.table import Table
 
+from onnxprune.bench import is_loadable
 from onnxprune.cli.options import with_json
 from onnxprune.cli.output import print_json, say, show
 from onnxprune.report import versions
@@ -32,9 +33,11 @@ def doctor_command(install_training: str | None, as_json: bool) -> int:
         if supported()
         else "no wheel for this platform"
     )
+    providers = {name: is_loadable(name) for name in onnxruntime.get_available_providers()}
     found = {
         "versions": versions(),
-        "execution_providers": onnxruntime.get_available_providers(),
+        "execution_providers": [name for name, loads in providers.items() if loads],
+        "unloadable_providers": [name for name, loads in providers.items() if not loads],
         "training_runtime": {"supported": supported(), "installed": runtime is not None, "state": state},
     }
     if as_json:
@@ -43,7 +46,8 @@ def doctor_command(install_training: str | None, as_json: bool) -> int:
     table = Table(title="onnxprune doctor", show_header=False)
     for name, version in versions().items():
         table.add_row(name, version)
-    table.add_row("execution providers", ", ".join(onnxruntime.get_available_providers()))
+    said = [name if loads else f"{name} (can't be loaded here)" for name, loads in providers.items()]
+    table.add_row("execution providers", ", ".join(said))
     table.add_row("training runtime", state)
     show(table)
     return 0
