@@ -75,10 +75,10 @@ class Context:
 
     @cached_property
     def layers(self) -> int | Literal["auto"]:
-        """How many layers are dropped; as many as pay where time counts, of which they save most, and data tell."""
+        """How many layers are dropped; as many as pay where time counts, of which they save most."""
         if self.options.layers is not None:
             return self.options.layers
-        return "auto" if self.options.target_latency is not None and self.train is not None else 0
+        return "auto" if self.options.target_latency is not None and self.calibration is not None else 0
 
     @cached_property
     def epochs(self) -> int:

@@ -73,10 +73,10 @@ def without_layers(run: Context) -> State:
     layers = free_layers(run.baseline, run.options.protect)
     if wanted == "auto" and not layers:
         return _dropping(run, [])
-    if run.train is None:
+    if run.calibration is None:
         chosen = choose_layers(layers, weight_scores(run.baseline, layers), None if wanted == "auto" else wanted)
     else:
-        scores = influence_scores(run.baseline, layers, run.train, run.options.threads)
+        scores = influence_scores(run.baseline, layers, run.calibration, run.options.threads)
         if wanted == "auto":
             wanted = _how_many(run, layers, scores)
         chosen = choose_layers(layers, scores, wanted)

@@ -117,7 +117,7 @@ LAYERS_OPTION = click.option(
     type=Layers(),
     metavar="N|auto",
     help="Drop whole layers first: this many, or with auto as many as leave the lowest loss at the same target.  "
-    "[default: auto for run --target-latency with data, else 0]",
+    "[default: auto for run --target-latency, else 0]",
 )
 IMAGE_OPTIONS = [
     click.option("--mean", default="0", metavar="F[,F,F]", help="For folders of images: (pixels / 255 - mean) / std."),
