@@ -27,7 +27,7 @@ NORM = "float[4] s, float[4] b, float[4] m, float[4] v"
 
 
 @needs_training
-def test_what_is_made_repairs_a_cut_and_noise_does_not() -> None:
+def test_what_is_made_repairs_a_cut_and_white_noise_does_not() -> None:
     model = normalise(open_model(MODELS / "digits_resnet.onnx"))
     units = prunable(model, "digits_resnet")
     test = as_dataset(str(MODELS / "digits_test.npz"), model, None)
