@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class Result:
         return json.loads(self.out)
 
 
+def _as_in_a_terminal() -> None:
+    """Ctrl-C counts, also where tests run in the background of a shell that has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*arguments: object, cwd: Path, **env: str) -> subprocess.Popen[str]:
     """Starts the command line as a user would."""
     command = [sys.executable, "-m", "onnxprune", *map(str, arguments)]
@@ -47,6 +53,7 @@ def start(*arguments: object, cwd: Path, **env: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         stdin=subprocess.DEVNULL,
+        preexec_fn=_as_in_a_terminal,
     )
 
 
