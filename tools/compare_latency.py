@@ -97,7 +97,8 @@ def compare(given: argparse.Namespace, entry: str, folder: Path) -> dict[str, An
     """The figures of one model."""
     name, _, size = entry.partition("=")
     model, source = Path(name), filled(Path(name), folder)
-    source = resized(source, int(size) if size else None, given.batch, folder)
+    if size or given.batch:
+        source = resized(source, int(size) if size else None, given.batch, folder)
     (provider,) = find_providers([given.ep])
     target = probe(provider, given.threads)
     rounding = Rounding() if provider == CPU else Rounding(None, target.steps["conv"])
