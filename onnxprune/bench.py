@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import onnx.parser
-import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 from scipy.stats import t
 
 from onnxprune.data import random_inputs
-from onnxprune.errors import ModelError, UsageError
+from onnxprune.errors import UsageError
 from onnxprune.evaluate import Batch, run_session, session_options
 from onnxprune.interleave import LEVELS, MOST_PARTS, WARM_UP, Rows, interleave, open_as
 from onnxprune.model import external_files, open_model, open_session
@@ -101,16 +99,6 @@ def find_providers(names: Sequence[str]) -> list[str]:
             )
         found.append(short[key])
     return found
-
-
-def is_loadable(provider: str) -> bool:
-    """Whether an execution provider of the installed onnxruntime, by its full name, finds what it needs here."""
-    text = '<ir_version: 8, opset_import: ["": 17]> g (float[1] x) => (float[1] y) { y = Relu(x) }'
-    try:
-        open_session(ir.from_proto(onnx.parser.parse_model(text)), providers=[provider])
-    except (ModelError, UsageError):
-        return False
-    return True
 
 
 def bench_models(

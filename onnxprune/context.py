@@ -25,12 +25,14 @@ from onnxprune.score import Origin, origin_of
 from onnxprune.select import Rounding
 from onnxprune.sensitivity import load_sensitivity
 from onnxprune.training.client import choose_augmentation
+from onnxprune.training.runtime import Trainer, has_cuda
 from onnxprune.units import Units
 
 WITHOUT_DATA = 0.75  # share of the MACs to keep when nothing can be measured
 ROUNDS = 6  # when not given, for runs that an allowed drop alone ends
 STEPS_A_ROUND = 1000  # fine-tuning steps that epochs are chosen for when they aren't given
 ENDLESS = 10_000  # epochs, where time decides
+WORTH_A_GPU = 3e8  # MACs of a step's forward pass; below that launching operators takes longer than the CPU does
 
 Proposal = dict[str, Any]
 Record = dict[str, Any]
@@ -90,6 +92,12 @@ class Context:
         if self.options.minutes is not None:
             return ENDLESS
         return int(np.clip(round(STEPS_A_ROUND * self.options.batch / len(self.train)), 2, 60))
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """What trains: a GPU by itself where there is one and a step is long enough for it."""
+        long = self.base_costs["macs"] * self.options.batch >= WORTH_A_GPU
+        return "cuda" if self.options.trainer == "auto" and long and has_cuda() else self.options.trainer
 
     @cached_property
     def seconds(self) -> float | None:

@@ -10,11 +10,13 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import checker
@@ -306,6 +308,17 @@ def open_session(
                 "(a driver, a library); install that or choose another execution provider"
             )
     return session
+
+
+@cache
+def is_loadable(provider: str) -> bool:
+    """Whether an execution provider of the installed onnxruntime, by its full name, finds what it needs here."""
+    text = '<ir_version: 8, opset_import: ["": 17]> g (float[1] x) => (float[1] y) { y = Relu(x) }'
+    try:
+        open_session(ir.from_proto(onnx.parser.parse_model(text)), providers=[provider])
+    except (ModelError, UsageError):
+        return False
+    return True
 
 
 def _ort_value(tensor: ir.TensorProtocol) -> OrtValue:

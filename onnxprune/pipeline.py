@@ -44,7 +44,7 @@ from onnxprune.score import CRITERIA
 from onnxprune.select import survivors
 from onnxprune.sources import ImageOptions, as_dataset
 from onnxprune.synthesise import noise_dataset, synthetic_dataset
-from onnxprune.training import TrainingOptions, fine_tune, prepare_trainer
+from onnxprune.training import TrainingOptions, choose_trainer, fine_tune, prepare_trainer
 from onnxprune.training.losses import plan_loss
 from onnxprune.training.worker import write_arrays
 from onnxprune.trials import AUTO, LINED_UP_BY, contest, scored, without_layers
@@ -188,7 +188,7 @@ class Run(Context):
         started = time.monotonic()
         state, records, failure = without_layers(self), list[Record](), None
         if self.epochs or self.options.sparsify:
-            prepare_trainer(self.options.trainer, self.listener.note)  # before any work: it may not be had here
+            prepare_trainer(self.trainer, self.listener.note)  # before any work: it may not be had here
         self.listener.stage("measuring the uncut model")
         try:
             while (proposal := propose(self, state, records)) is not None:
@@ -263,6 +263,7 @@ class Run(Context):
             "drop": verdict.drop,
             "loss": verdict.loss,
             "epochs": self.epochs,
+            "trainer": choose_trainer(self.trainer) if self.epochs else None,
             "tuned": bool(self.epochs) and verdict is not repaired,
             "drop_error": verdict.error,
             "accepted": self.allowed is None or verdict.most <= self.allowed,
@@ -299,7 +300,7 @@ class Run(Context):
         assert self.train is not None
         what = f"round {number}: {'making sparse' if fading else 'fine-tuning'}"
         options = TrainingOptions(
-            trainer=self.options.trainer,
+            trainer=self.trainer,
             epochs=epochs,
             seconds=seconds,
             lr=self.options.lr,

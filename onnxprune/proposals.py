@@ -133,11 +133,11 @@ def _cut_within(run: Context, state: State, records: list[Record]) -> Proposal:
     whole = macs(np.ones(units.count, bool))
     most, fewest = whole * (1 - LEAST_GAIN), _fewest_macs(run, records, whole)
     tau = bisect_tau(scores, drop_at, reach(history, allowed, tuned))
+    if tau is not None and macs(survivors(units, scores, tau, rounding)) > most:
+        tau = None  # too little goes to be worth a round
     if tau is None and tuned and not history:  # fine-tuning may win back even more: the least cut is tried
         least = tau_for(units, scores, rounding, lambda alive: macs(alive) <= most)
         tau = least[0] if least else None
-    if tau is not None and macs(survivors(units, scores, tau, rounding)) > most:
-        tau = None
     return {"tau": tau, "round_to": rounding.multiple}
 
 

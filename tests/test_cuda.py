@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 
-from onnxprune.bench import Runtime, bench_models, fallen_back, is_loadable
+from onnxprune.bench import Runtime, bench_models, fallen_back
 from onnxprune.data import random_inputs
-from onnxprune.errors import UsageError
-from onnxprune.model import open_model, open_session
+from onnxprune.errors import TrainingError, UsageError
+from onnxprune.model import is_loadable, open_model, open_session
 from onnxprune.probe import probe
+from onnxprune.training import TrainingOptions, fine_tune
 from tests.conftest import MODELS, call
+from tests.test_training import damaged, digits, load
 
 CUDA = "CUDAExecutionProvider"
 NAMES = ("digits_resnet", "digits_vit", "digits_gru", "digits_mlp")
@@ -70,6 +74,38 @@ def test_the_probe_times_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found.provider == CUDA
     assert found.overhead > 100  # nanoseconds: a kernel has to be launched
     assert all(speed > 0 for speeds in found.speed.values() for speed in speeds)
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", NAMES)
+def test_training_there_lowers_the_loss_as_on_the_cpu(name: str, tmp_path: Path) -> None:
+    model, losses = load(name), []
+    for trainer in ("graph", "cuda"):
+        events = list[dict[str, Any]]()
+        options = TrainingOptions(trainer, epochs=5, lr=1e-3, batch=32)  # type: ignore[arg-type]
+        fine_tune(damaged(model), model, digits(model), tmp_path / trainer, options, progress=events.append)
+        losses.append([event["loss"] for event in events if event["event"] == "step"])
+    np.testing.assert_allclose(*losses, rtol=0.02, atol=0.01)  # its products are of TF32
+
+
+@needs_cuda
+def test_long_steps_are_taken_there(tmp_path: Path) -> None:
+    def trained_by(batch: int) -> str:
+        options = ("--target-macs", 0.5, "--epochs", 1, "--batch", batch, "--json")
+        data = ("--data", MODELS / "digits.npz", "--eval-data", MODELS / "digits_test.npz")
+        done = call("run", MODELS / "digits_resnet.onnx", *data, *options, "-o", tmp_path / "o.onnx", cwd=tmp_path)
+        assert done.status == 0, done.err
+        return str(json.loads(done.out)["rounds"][0]["trainer"])
+
+    assert trained_by(512) == "cuda"
+    assert trained_by(16) != "cuda"
+
+
+def test_training_on_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("onnxprune.training.runtime.has_cuda", lambda: False)
+    model = load("digits_mlp")
+    with pytest.raises(TrainingError, match=f"no {CUDA}.*onnxruntime-gpu"):
+        fine_tune(model, model, digits(model), tmp_path, TrainingOptions("cuda", epochs=1))
 
 
 def test_a_provider_that_cannot_be_loaded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

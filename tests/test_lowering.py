@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -301,9 +302,12 @@ for each in map(Path, sys.argv[1:]):
 """
 
 
-@pytest.fixture(scope="module", params=["ort", "graph"])
+@pytest.fixture(scope="module", params=["ort", "graph", "cuda"])
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of all rows, in which one worker process left the gradients of the distillation loss."""
+    """The folders of all rows, in which one worker process left the gradients of the distillation loss.
+
+    What is made for a GPU is run on the CPU here.
+    """
     folder, runtime = tmp_path_factory.mktemp("rows"), find_runtime()
     folders = {name: folder / str(index) for index, name in enumerate(ROWS)}
     for name, place in folders.items():
@@ -311,6 +315,8 @@ def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         options = TrainingOptions(request.param, batch=len(data), threads=1, loss=Loss(features=0.0))
         try:
             client._prepare(model, shifted(model), data, place, options, {"task": "gradients"})
+            job = json.loads((place / "job.json").read_text())
+            (place / "job.json").write_text(json.dumps({**job, "gpu": False}))
         except TrainingError as error:
             (place / "failure").write_text(str(error))
     path = os.pathsep.join([str(runtime)] * (request.param == "ort") + [str(ROOT)])

@@ -91,7 +91,7 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
         print(f"{share:.2f} {name}: {accuracy:.2f} at {macs / whole:.3f}", flush=True)
 
     for share in given.macs:
-        for seed in range(given.seeds):
+        for seed in given.seeds:
             drawn = np.random.default_rng(seed).choice(len(train), min(given.samples, len(train)), replace=False)
             few, out = train.take(np.sort(drawn)), folder / f"{share}-{seed}"
             np.save(folder / "calibration.npy", next(iter(few.inputs.values())))
@@ -100,13 +100,14 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             ):
                 options = RunOptions(
                     target_macs=share, epochs=epochs, seed=seed, round_to=1, bench_seconds=0.1,
-                    criterion=given.criterion, threads=given.threads, lr=given.lr,
+                    criterion=given.criterion, threads=given.threads, lr=given.lr, trainer=given.trainer,
+                    scope=given.scope,
                 )  # fmt: skip
                 path = out.with_name(f"{out.name}{epochs}.onnx")
                 held = None if epochs else arrays(few)  # all of the few are for calibration
                 onnxprune.run(given.model, arrays(data), output=path, eval_data=held, options=options)
                 note(share, name, path)
-            if seed == 0:
+            if seed == given.seeds[0]:
                 path = out.with_suffix(".onnxsim.onnx")
                 if by_onnxsim(given.model, share, path):
                     note(share, "onnxsim, structured L2", path)
@@ -118,7 +119,7 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     "lr": given.peer_lr, "batch": RunOptions().batch, "threads": given.threads or 2,
                     "calibration": str(folder / "calibration.npy"), "images": str(folder / "images.npy"),
                     "labels": str(folder / "labels.npy"), "flip": augmentation.get("flip", False),
-                    "shift": augmentation.get("shift", 0),
+                    "shift": augmentation.get("shift", 0), "device": given.peer_device,
                 }  # fmt: skip
                 done = subprocess.run([given.peer_python, str(PEER), json.dumps(job)], capture_output=True, text=True)
                 if done.returncode:
@@ -173,11 +174,14 @@ def main() -> None:
     parser.add_argument("--peer-python")
     parser.add_argument("--macs", type=float, nargs="+", default=[1 / 1.3, 1 / 1.5, 1 / 2.1, 1 / 2.6, 1 / 4])
     parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--peer-lr", type=float, default=1e-3)
+    parser.add_argument("--peer-device", default="cpu")
+    parser.add_argument("--trainer", default="auto")
     parser.add_argument("--criterion", default="l2")
+    parser.add_argument("--scope", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("-o", "--output", type=Path, default=Path("accuracy.json"))
     given = parser.parse_args()

@@ -114,7 +114,8 @@ def reestimate(model: torch.nn.Module, images: torch.Tensor) -> None:
 
 
 def train(model: torch.nn.Module, job: dict[str, Any], seed: int) -> None:
-    images, labels = np.load(job["images"], mmap_mode="r"), torch.tensor(np.load(job["labels"]))
+    images, labels = np.load(job["images"], mmap_mode="r"), torch.tensor(np.load(job["labels"])).to(job["device"])
+    model.to(job["device"])
     rng, size = np.random.default_rng(seed), job["batch"]
     total = len(images) // size * job["epochs"]
     for layer in model.modules():
@@ -134,12 +135,12 @@ def train(model: torch.nn.Module, job: dict[str, Any], seed: int) -> None:
         )
         optimizer.param_groups[0]["lr"] = job["lr"] * rate
         batch = augmented(np.asarray(images[chosen]), job["flip"], job["shift"], rng)
-        loss = torch.nn.functional.cross_entropy(model(torch.tensor(batch)), labels[chosen])
+        loss = torch.nn.functional.cross_entropy(model(torch.tensor(batch).to(job["device"])), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
-    model.eval()
+    model.to("cpu").eval()
 
 
 def augmented(batch: np.ndarray, flip: bool, shift: int, rng: np.random.Generator) -> np.ndarray:

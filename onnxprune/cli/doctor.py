@@ -8,9 +8,9 @@ import click
 import onnxruntime
 from rich.table import Table
 
-from onnxprune.bench import is_loadable
 from onnxprune.cli.options import with_json
 from onnxprune.cli.output import print_json, say, show
+from onnxprune.model import is_loadable
 from onnxprune.report import versions
 from onnxprune.training import find_runtime, install_runtime, supported
 

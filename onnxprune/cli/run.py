@@ -129,9 +129,9 @@ RUN_OPTIONS = [
 TRAINING_OPTIONS = [
     click.option(
         "--trainer",
-        type=click.Choice(["auto", "ort", "graph"]),
+        type=click.Choice(["auto", "ort", "graph", "cuda"]),
         default="auto",
-        help="ONNX Runtime training, or gradients as ONNX nodes, which run wherever onnxruntime does.",
+        help="ONNX Runtime training; or gradients as ONNX nodes, on any CPU or a GPU (auto: for long steps).",
     ),
     click.option(
         "--epochs", type=int, metavar="N", help="Epochs of fine-tuning in each round.  [default: about 1,000 steps]"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,14 @@ Rule = Callable[[Any, onnx.NodeProto, str], list[str | None]]
 RULES: dict[str, Rule] = {}
 
 
-def gradient_model(graph: ir.Model, names: list[str]) -> tuple[onnx.ModelProto, list[str], dict[str, str]]:
+def gradient_model(
+    graph: ir.Model, names: list[str], gpu: bool = False
+) -> tuple[onnx.ModelProto, list[str], dict[str, str]]:
     """A lowered training graph with the gradients of its first output as further outputs.
 
     Returns it with the parameters `names` as inputs, its first outputs, and each parameter's output. Parameters that
-    the loss doesn't hang on have none. Raises `TrainingError` naming the operator that has no gradient.
+    the loss doesn't hang on have none. For a `gpu` fewer and larger operators are taken. Raises `TrainingError` naming
+    the operator that has no gradient.
     """
     proto = ir.to_proto(graph)
     shapes = _shapes(graph)
@@ -43,7 +47,7 @@ def gradient_model(graph: ir.Model, names: list[str]) -> tuple[onnx.ModelProto, 
     reached = [name for name in names if any(name in node.input for node in nodes)]
     try:
         with contextlib.ExitStack() as stack:
-            for operator, each in RULES.items():
+            for operator, each in {**RULES, **(ON_GPU if gpu else {})}.items():
                 stack.enter_context(graph_grad.custom_gradient(operator, each, override=True))
             found = graph_grad.build_backward(builder, nodes, shapes, {loss: one}, reached)
     except (ValueError, NotImplementedError) as error:
@@ -236,9 +240,8 @@ def _triangle(ctx: Any, node: onnx.NodeProto, g: str) -> list[str | None]:
     return [ctx.b.op("Trilu", inputs, upper=_attribute(node, "upper", 1)), *[None] * (len(node.input) - 1)]
 
 
-@rule("Conv")
-def _conv(ctx: Any, node: onnx.NodeProto, g: str) -> list[str | None]:
-    """The input's as a transposed convolution, the weight's as one in which samples and channels change places."""
+def _conv(ctx: Any, node: onnx.NodeProto, g: str, together: bool) -> list[str | None]:
+    """The input's as a transposed convolution, the weight's as products, tap by tap or with all of them `together`."""
     x, w = node.input[:2]
     x_shape, kernel, y_shape = ctx.shape(x), ctx.shape(w)[2:], ctx.shape(node.output[0])
     space, group = len(kernel), _attribute(node, "group", 1)
@@ -251,16 +254,23 @@ def _conv(ctx: Any, node: onnx.NodeProto, g: str) -> list[str | None]:
         "ConvTranspose", [g, w], kernel_shape=kernel, strides=strides, dilations=dilations, pads=pads, group=group,
         output_padding=over,
     )  # fmt: skip
-    dw = _weight_gradient(ctx, x, g, ctx.shape(w), y_shape, group, (strides, dilations, pads))
+    dw = _weight_gradient(ctx, x, g, ctx.shape(w), y_shape, group, (strides, dilations, pads), together)
     if len(node.input) < 3:
         return [dx, dw]
     return [dx, dw, ctx.b.op("ReduceSum", [g, ctx.int64_const([0, *range(2, 2 + space)])], keepdims=0)]
 
 
 def _weight_gradient(
-    ctx: Any, x: str, g: str, shape: Sequence[int], y_shape: Sequence[int], group: int, window: tuple[list[int], ...]
+    ctx: Any,
+    x: str,
+    g: str,
+    shape: Sequence[int],
+    y_shape: Sequence[int],
+    group: int,
+    window: tuple[list[int], ...],
+    together: bool,
 ) -> str:
-    """For each tap of the kernel, the product of the gradient with what that tap read, over samples and positions."""
+    """The product of the gradient with what each tap of the kernel read, over samples and positions."""
     (strides, dilations, pads), kernel, space = window, shape[2:], len(shape) - 2
     n, m, c, positions = y_shape[0], shape[0], shape[1], math.prod(y_shape[2:])
     if any(pads):
@@ -271,13 +281,19 @@ def _weight_gradient(
     for tap in np.ndindex(*kernel):
         starts = [t * d for t, d in zip(tap, dilations, strict=True)]
         ends = [start + s * (size - 1) + 1 for start, s, size in zip(starts, strides, y_shape[2:], strict=True)]
-        read = ctx.b.op("Slice", [x, ctx.int64_const(starts), ctx.int64_const(ends), axes, steps])
-        columns = ctx.b.op("Reshape", [read, ctx.int64_const([n, group, c, positions])])
+        taps.append(ctx.b.op("Slice", [x, ctx.int64_const(starts), ctx.int64_const(ends), axes, steps]))
+
+    def products(read: str, count: int) -> str:
+        columns = ctx.b.op("Reshape", [read, ctx.int64_const([n, group, c * count, positions])])
         product = ctx.b.matmul(rows, ctx.b.transpose(columns, [0, 1, 3, 2]))
-        summed = ctx.b.op("ReduceSum", [product, ctx.int64_const([0])], keepdims=0)
-        taps.append(ctx.b.op("Reshape", [summed, ctx.int64_const([m, c, 1])]))
-    stacked = ctx.b.op("Concat", taps, axis=2) if len(taps) > 1 else taps[0]
-    return str(ctx.b.op("Reshape", [stacked, ctx.int64_const(shape)]))
+        return str(ctx.b.op("ReduceSum", [product, ctx.int64_const([0])], keepdims=0))
+
+    if together or len(taps) == 1:
+        found = products(ctx.b.op("Concat", taps, axis=2) if len(taps) > 1 else taps[0], len(taps))
+    else:
+        each = [ctx.b.op("Reshape", [products(tap, 1), ctx.int64_const([m, c, 1])]) for tap in taps]
+        found = ctx.b.op("Concat", each, axis=2)
+    return str(ctx.b.op("Reshape", [found, ctx.int64_const(shape)]))
 
 
 def _begins(node: onnx.NodeProto, totals: list[int]) -> list[int]:
@@ -289,3 +305,7 @@ def _begins(node: onnx.NodeProto, totals: list[int]) -> list[int]:
         return [0] * len(totals)
     totals = [max(total, 0) for total in totals]
     return [total // 2 if kind == b"SAME_UPPER" else total - total // 2 for total in totals]
+
+
+RULES["Conv"] = partial(_conv, together=False)
+ON_GPU: dict[str, Rule] = {"Conv": partial(_conv, together=True)}  # launching one costs more than what it computes

@@ -37,6 +37,7 @@ from onnxprune.training.worker import write_arrays
 
 HELD_OUT = 512  # samples by which the best epoch is chosen, at most
 SHARD = 32  # samples a thread works on at a time; batch statistics are taken over them
+ON_GPU = 256  # samples that a GPU works on at a time
 PROBE = 512  # images that an augmentation is tried on
 TOLERATED = 0.1  # of the answers that may turn wrong under an augmentation
 
@@ -185,12 +186,12 @@ def _prepare(
     if loss.share > 0 and options.loss.features > 0:
         loss = replace(loss, features=whole_features(model, teacher, loss), weight=options.loss.features)
     most_held = 0 if augmentation.get("task") == "gradients" else HELD_OUT
-    shard, batch, held = _portions(len(data), options.batch, fixed_batch(model), most_held)
+    trainer = choose_trainer(options.trainer)
+    most = ON_GPU if trainer == "cuda" else SHARD
+    shard, batch, held = _portions(len(data), options.batch, fixed_batch(model), most_held, most)
     arrays = {**data.inputs, **loss.targets(data)}
     sizes = {name: (shard, *array.shape[1:]) for name, array in arrays.items()}
-    graph, names, frozen = training_graph(
-        model, loss, sizes, options.freeze, choose_trainer(options.trainer), options.batch_statistics
-    )
+    graph, names, frozen = training_graph(model, loss, sizes, options.freeze, trainer, options.batch_statistics)
     for reason, count in Counter(frozen.values()).items():
         note(f"fine-tuning leaves {count} initializers as they are: {reason}")
     differentiated = _save_graph(graph, names, folder, options.trainer)
@@ -218,24 +219,26 @@ def _save_graph(graph: ir.Model, names: list[str], folder: Path, trainer: Traine
     """Leaves the weights, and the graph that the worker differentiates, or the one that is; what a job says of them."""
     weights = {name: graph.graph.initializers[name].const_value.numpy() for name in names}  # type: ignore[union-attr]
     write_arrays(folder / "weights.npz", weights)
-    job = {"lr": usual_rate(sum(array.ndim > 1 for array in weights.values()))}
-    if choose_trainer(trainer) == "ort":
+    trainer = choose_trainer(trainer)
+    gpu = trainer == "cuda"
+    job = {"lr": usual_rate(sum(array.ndim > 1 for array in weights.values())), "gpu": gpu}
+    if trainer == "ort":
         save_model(graph, folder / "forward.onnx")
         return job
-    proto, heads, gradients = gradient_model(graph, names)
+    proto, heads, gradients = gradient_model(graph, names, gpu)
     onnx.save(proto, folder / "backward.onnx")
     return {**job, "heads": heads, "gradients": gradients}
 
 
-def _portions(samples: int, batch: int, fixed: int | None, most_held: int) -> tuple[int, int, int]:
-    """Samples a thread works on at a time, of a step, and held out: each a whole multiple of the one before."""
+def _portions(samples: int, batch: int, fixed: int | None, most_held: int, most: int) -> tuple[int, int, int]:
+    """Samples worked on at a time (at most `most`), of a step, and held out: each a multiple of the one before."""
     held = min(most_held, samples // 10)
     if fixed is not None:
         batch = -(-batch // fixed) * fixed
         batch = max(min(batch, (samples - held) // fixed * fixed), fixed)
         return fixed, batch, held // batch * batch
     batch = min(batch, samples - held)
-    shard = batch // -(-batch // SHARD)
+    shard = batch // -(-batch // most)
     batch = batch // shard * shard
     return shard, batch, held // batch * batch
 

@@ -48,7 +48,7 @@ def training_graph(
         graph, shapes = at_sizes(graph, sizes, trainable(model))
     add_loss(graph, loss, sizes)
     samples = next(iter(sizes.values()))[0]
-    gradients = differentiable() if trainer == "graph" else None
+    gradients = None if trainer == "ort" else differentiable()
     blocked = lower(graph, shapes, batch_statistics and uses_batch_statistics(model, samples), gradients)
     frozen = behind(blocked, names)
     left = [name for name in names if name not in frozen]

@@ -18,11 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import onnxruntime
 import platformdirs
 
 from onnxprune.errors import TrainingError
+from onnxprune.model import is_loadable
 
-Trainer = Literal["auto", "ort", "graph"]
+Trainer = Literal["auto", "ort", "graph", "cuda"]
+CUDA = "CUDAExecutionProvider"
 VERSION = "1.19.2"
 PACKAGE = "onnxruntime-training-cpu"
 HASHES = {  # (Python, system) -> SHA-256 of the wheel of VERSION
@@ -48,16 +51,26 @@ def supported() -> bool:
     return here() in HASHES
 
 
-def choose_trainer(asked: Trainer) -> Literal["ort", "graph"]:
+def choose_trainer(asked: Trainer) -> Literal["ort", "graph", "cuda"]:
     """What trains: ONNX Runtime training, or gradients as plain nodes on the user's onnxruntime where there is none."""
     return asked if asked != "auto" else "ort" if supported() else "graph"
+
+
+def has_cuda() -> bool:
+    """Whether the CUDA execution provider is there and can be loaded."""
+    return CUDA in onnxruntime.get_available_providers() and is_loadable(CUDA)
 
 
 def prepare_trainer(asked: Trainer, say: Callable[[str], None] = lambda line: None) -> Path | None:
     """The training runtime's folder, installed if it must be; None for the trainer that needs none.
 
-    Raises `TrainingError` as `install_runtime` does.
+    Raises `TrainingError` as `install_runtime` does, or where a GPU is asked for and can't be used.
     """
+    if asked == "cuda" and not has_cuda():
+        raise TrainingError(
+            f"this onnxruntime has no {CUDA} that can be loaded; install onnxruntime-gpu and what it needs "
+            "('onnxprune doctor' shows it), or use --trainer auto"
+        )
     return install_runtime(say=say) if choose_trainer(asked) == "ort" else None
 
 

@@ -158,9 +158,13 @@ class Trainer:
         self.pool, self.reader = ThreadPoolExecutor(self.job["threads"]), ThreadPoolExecutor(1)
         self.parent = os.getppid()
 
-    @staticmethod
-    def _session(onnxruntime: Any, model: Any) -> Any:
-        return onnxruntime.InferenceSession(model, options(onnxruntime), providers=["CPUExecutionProvider"])
+    def _session(self, onnxruntime: Any, model: Any) -> Any:
+        gpu = [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"})] if self.job["gpu"] else []
+        providers = [*gpu, "CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(model, options(onnxruntime), providers=providers)
+        if len(session.get_providers()) < len(providers):
+            raise RuntimeError("the CUDA execution provider can't be loaded")
+        return session
 
     def run(self) -> None:
         """Trains from the last checkpoint to the end: of the epochs, of the time, or of the patience.
