@@ -60,7 +60,6 @@ class Context:
     train: Dataset | None
     calibration: Dataset | None  # for repair: the training data, or made up
     judge: Judge
-    apart: bool  # whether the data that decides was given as such
     options: RunOptions
     listener: Listener
     notes: list[str]

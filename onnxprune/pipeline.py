@@ -106,10 +106,9 @@ def run(
     for note in notes:
         listener.note(note)
     metric = find_metric(options.metric, evaluation)
-    judge = Judge(baseline, evaluation, metric, options.threads, bool(data or eval_data))
-    apart = eval_data is not None
+    judge = Judge(baseline, evaluation, metric, options.threads, bool(data or eval_data), apart=eval_data is not None)
     return Run(
-        source, target, folder, baseline, moved, units, train, calibration, judge, apart, options, listener, notes
+        source, target, folder, baseline, moved, units, train, calibration, judge, options, listener, notes
     ).execute()
 
 
@@ -266,6 +265,7 @@ class Run(Context):
             "trainer": choose_trainer(self.trainer) if self.epochs else None,
             "tuned": bool(self.epochs) and verdict is not repaired,
             "drop_error": verdict.error,
+            "drop_counted": verdict.most,
             "accepted": self.allowed is None or verdict.most <= self.allowed,
             "widths": {group.name: int(alive[group.units].sum()) * group.repeats for group in units.groups},
             "seconds": time.monotonic() - started,
@@ -278,7 +278,7 @@ class Run(Context):
         What was held back from `--data` may have been learned by heart by the uncut model, and what is left of that in
         the repaired one counts for it there and nowhere else: then fine-tuning is undone only if it costs the round.
         """
-        if self.apart:
+        if self.judge.apart:
             return (tuned.drop, tuned.loss) <= (repaired.drop, repaired.loss)
         return self.allowed is None or tuned.most <= self.allowed or repaired.most > self.allowed
 
@@ -418,5 +418,5 @@ class Run(Context):
 
 def failed_record(proposal: Proposal, error: TrainingError) -> Record:
     """The record of a round whose training failed: nothing of it is kept."""
-    nothing = {"drop": None, "loss": None, "metric": None, "macs_share": None, "accepted": False}
+    nothing = {"drop": None, "drop_counted": None, "loss": None, "metric": None, "macs_share": None, "accepted": False}
     return {"tau": proposal["tau"], "progress": proposal.get("progress", 0.0), **nothing, "error": str(error)}

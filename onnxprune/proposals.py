@@ -30,7 +30,7 @@ from onnxprune.threshold import (
 from onnxprune.trials import PROBE_SAMPLES, scored
 from onnxprune.units import Units
 
-MEASURED = ("drop", "loss", "drop_before_tuning", "drop_error")
+MEASURED = ("drop_counted", "loss", "drop_before_tuning")
 
 
 def propose(run: Context, state: State, records: list[Record]) -> Proposal | None:
@@ -155,5 +155,5 @@ def _moved(run: Context, last: Outcome) -> float:
 def outcome_of(record: Record) -> Outcome:
     """What the controllers learn from a round; what couldn't be measured counts as infinitely bad."""
     worst = {name: float("inf") if record.get(name) is None else record[name] for name in MEASURED}
-    drop, loss, before, error = worst.values()
-    return Outcome(record["tau"], drop + error, loss, record["accepted"], record["progress"], before)
+    drop, loss, before = worst.values()
+    return Outcome(record["tau"], drop, loss, record["accepted"], record["progress"], before)

@@ -28,7 +28,7 @@ LEAST_GAIN = 0.02  # share of MACs that a round must save to be worth it
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a round did: the threshold, the points that count as lost (one standard error more), the loss, whether kept.
+    """What a round did: the threshold, the points that count as lost, the loss, whether kept.
 
     `progress` is how far its cut went on the way to the targets, 0 to 1, on a logarithmic scale. `before` is the points
     lost before fine-tuning, NaN when unknown.

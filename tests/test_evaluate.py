@@ -116,5 +116,7 @@ def test_the_error_of_a_drop_is_that_of_a_sample() -> None:
         assert verdict.drop == pytest.approx(100 * share)
         assert 0.5 < verdict.error / (100 * np.sqrt(share * (1 - share) / count)) < 1.6
         assert verdict.most == verdict.drop + verdict.error
+        known = Judge(model, data, find_metric("top1", data), 1, True, apart=False).measure(worse)
+        assert known.most == known.drop == verdict.drop
     few = Dataset({"x": data.inputs["x"][:5]}, labels[:5])
     assert Judge(model, few, find_metric("top1", few), 1, True).measure(worse).error == 0.0

@@ -57,7 +57,7 @@ def test_after_a_round_that_was_rolled_back_the_next_cuts_less(tmp_path: Path) -
 def test_a_rolled_back_round_leaves_no_trace(tmp_path: Path) -> None:
     # The first cut is kept; the way on costs more than the first one did, and is undone.
     one = run(tmp_path / "one", target_macs=0.4, rounds=1)
-    most = one.rounds[0]["drop"] + one.rounds[0]["drop_error"] + 1e-6
+    most = one.rounds[0]["drop_counted"] + 1e-6
     two = run(tmp_path / "two", target_macs=0.4**2, max_drop=max(0.0, most), rounds=2)
     assert one.met and not two.met
     verdicts = [record["accepted"] for record in two.rounds]
@@ -69,9 +69,12 @@ def test_a_rolled_back_round_leaves_no_trace(tmp_path: Path) -> None:
 
 
 @needs_training
-def test_where_every_cut_costs_too_much_the_least_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fine-tuning may win back more than was hoped for; without it nothing is tried."""
-    monkeypatch.setattr(proposals, "bisect_tau", lambda *arguments: None)
+@pytest.mark.parametrize("found", [None, 0.0])
+def test_where_every_cut_costs_too_much_the_least_is_tried(
+    found: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fine-tuning may win back more than was hoped for; without it nothing is tried. A threshold of 0 takes nothing."""
+    monkeypatch.setattr(proposals, "bisect_tau", lambda *arguments: found)
     tuned = run(tmp_path, max_drop=1.0, epochs=1)
     assert len(tuned.rounds) == 1 and 0.5 < tuned.rounds[0]["macs_share"] < 0.99
     assert not run(tmp_path / "untuned", max_drop=1.0).rounds

@@ -195,7 +195,7 @@ def test_a_cut_is_as_bold_as_fine_tuning_was_seen_to_be_good() -> None:
 
 def test_a_cut_that_was_rolled_back_is_not_tried_again() -> None:
     """A round whose drop is within what is allowed, but not with its error: the next cut may cost less than it did."""
-    record = {"tau": 1.0, "drop": 0.8, "drop_error": 0.53, "loss": 0.1, "drop_before_tuning": 2.8, "accepted": False,
+    record = {"tau": 1.0, "drop": 0.8, "drop_counted": 1.33, "loss": 0.1, "drop_before_tuning": 2.8, "accepted": False,
               "progress": 0.0}  # fmt: skip
     assert reach([outcome_of(record)], 1.0, True) < 2.8
 

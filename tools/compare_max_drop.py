@@ -1,9 +1,8 @@
 """One number against a grid search: `python tools/compare_max_drop.py MODEL TRAIN TEST [MODEL TRAIN TEST …]`.
 
 For each model and seed: `onnxprune.run` with `max_drop` and nothing else; then one round to each fixed share of the
-MACs, of which the smallest is kept whose drop, on the same samples that the first run decided by, is allowed; and in
-"safe grid", as `max_drop` does, whose drop and one standard error of it are. Written for all: the MACs left, the drop
-where it was decided, and the drop on TEST, which no run saw; JSON and a table.
+MACs, of which the smallest is kept whose drop, on the same samples that the first run decided by, is allowed. Written
+for all: the MACs left, the drop where it was decided, and the drop on TEST, which no run saw; JSON and a table.
 """
 
 from __future__ import annotations
@@ -65,14 +64,20 @@ def main() -> None:
                 found = result(model, train, test, uncut, RunOptions(target_macs=float(share), seed=seed))
                 print(f"  target_macs {share:.3f}: {found}", flush=True)
                 tries.append(found)
-            row = {"model": Path(model).name, "seed": seed, "uncut": uncut, "max_drop": one, "tries": tries}
-            for name, errors in (("grid", 0), ("safe grid", 1)):
-                allowed = [each for each in tries if each["decided"] + errors * each["error"] <= given.max_drop]
-                row[name] = min(allowed, key=lambda each: each["macs"], default=None)
+            allowed = [each for each in tries if each["decided"] <= given.max_drop]
+            best = min(allowed, key=lambda each: each["macs"], default=None)
+            row = {
+                "model": Path(model).name,
+                "seed": seed,
+                "uncut": uncut,
+                "max_drop": one,
+                "grid": best,
+                "tries": tries,
+            }
             rows.append(row)
             given.output.write_text(json.dumps(rows, indent=1) + "\n")
     for row in rows:
-        kinds = ("max_drop", "grid", "safe grid")
+        kinds = ("max_drop", "grid")
         cells = [f"{row[k]['macs']:.3f} | {row[k]['tested']:+.2f}" if row[k] else "- | -" for k in kinds]
         print(f"| {row['model']} | {row['seed']} | {' | '.join(cells)} |")
 
