@@ -135,9 +135,9 @@ def _cut_within(run: Context, state: State, records: list[Record]) -> Proposal:
     tau = bisect_tau(scores, drop_at, reach(history, allowed, tuned))
     if tau is not None and macs(survivors(units, scores, tau, rounding)) > most:
         tau = None  # too little goes to be worth a round
-    if tau is None and tuned and not history:  # fine-tuning may win back even more: the least cut is tried
+    if tau is None and tuned:  # fine-tuning may win back even more: the least cut is tried
         least = tau_for(units, scores, rounding, lambda alive: macs(alive) <= most)
-        tau = least[0] if least else None
+        tau = least[0] if least and macs(least[1]) >= fewest else None
     return {"tau": tau, "round_to": rounding.multiple}
 
 

@@ -38,10 +38,9 @@ def result(model: str, train: str, test: str, uncut: float, options: RunOptions)
         report = onnxprune.run(model, train, output=output, options=options)
         tested = uncut - measure(output, test)
     share = report.pruned.macs / report.baseline.macs
-    errors = [record["drop_error"] for record in report.rounds if record["accepted"]]
+    rounds = [[record[name] for name in ("macs_share", "drop", "drop_error", "accepted")] for record in report.rounds]
     return {
-        "macs": share, "decided": report.target["drop"], "error": errors[-1] if errors else 0.0, "tested": tested,
-        "s": report.seconds,
+        "macs": share, "decided": report.target["drop"], "tested": tested, "rounds": rounds, "s": report.seconds,
     }  # fmt: skip
 
 
