@@ -216,8 +216,8 @@ class Run(Context):
             save_model(candidate.model, folder / "candidate.onnx")
             write_json(folder / "plan.json", candidate.plan.to_json(sha256(self.folder / "baseline.onnx")))
             write_json(done, record)  # last: its presence says that the round is complete
-        for each in ("tune", "sparsify"):
-            shutil.rmtree(folder / each, ignore_errors=True)
+        for each in (*folder.glob("tune-*"), folder / "sparsify"):
+            shutil.rmtree(each, ignore_errors=True)
         record = json.loads(done.read_text())
         self.listener.note(
             f"round {number}: {100 * record['macs_share']:.0f} % of the MACs left, {self.judge.metric.name} "
@@ -241,11 +241,10 @@ class Run(Context):
         model, step = cut(units, alive)
         check_cut(state.model, model, step)
         self.repair(model, state, step, partial(self.listener.progress, f"round {number}: repairing"), self.note)
-        repaired = verdict = self.judge.measure(model)
+        repaired, epochs = self.judge.measure(model), 0
+        verdict = repaired
         if self.epochs:
-            tuned = model.clone()
-            self._tune(number, folder / "tune", tuned, self.epochs, self.seconds)
-            after = self.judge.measure(tuned)
+            tuned, after, epochs = self._tuned(number, folder, model)
             if self._better(after, repaired):
                 model, verdict = tuned, after
             else:
@@ -261,7 +260,7 @@ class Run(Context):
             "metric": verdict.value,
             "drop": verdict.drop,
             "loss": verdict.loss,
-            "epochs": self.epochs,
+            "epochs": epochs,
             "trainer": choose_trainer(self.trainer) if self.epochs else None,
             "tuned": bool(self.epochs) and verdict is not repaired,
             "drop_error": verdict.error,
@@ -281,6 +280,20 @@ class Run(Context):
         if self.judge.apart:
             return (tuned.drop, tuned.loss) <= (repaired.drop, repaired.loss)
         return self.allowed is None or tuned.most <= self.allowed or repaired.most > self.allowed
+
+    def _tuned(self, number: int, folder: Path, model: ir.Model) -> tuple[ir.Model, Verdict, int]:
+        """A fine-tuned copy, the verdict on it, and its epochs.
+
+        Where more than is allowed was lost, but by less than its error, it is worth as many epochs again, unless the
+        user has said how many.
+        """
+        tuned, chosen = model.clone(), (self.options.epochs, self.options.minutes) != (None, None)
+        for epochs in (self.epochs, 2 * self.epochs):
+            self._tune(number, folder / f"tune-{epochs}", tuned, self.epochs, self.seconds)
+            verdict = self.judge.measure(tuned)
+            if chosen or self.allowed is None or not verdict.drop - verdict.error <= self.allowed < verdict.most:
+                break
+        return tuned, verdict, epochs
 
     def _sparsified(self, number: int, folder: Path, state: State, units: Units, alive: Alive) -> State:
         """The same model, fine-tuned while what is about to be cut fades."""

@@ -105,7 +105,8 @@ def rounding_of(run: Context, proposal: Proposal) -> Rounding:
 def _cut_within(run: Context, state: State, records: list[Record]) -> Proposal:
     """A threshold whose cut costs no more, after repair, than fine-tuning can be hoped to win back.
 
-    It goes at most half of the way, by the logarithm of the MACs, to a cut of the same model that was rolled back.
+    It goes at most half of the way, by the logarithm of the MACs, to a cut of the same model that was rolled back, or
+    where nothing lies in between as little further as can be.
     """
     units, scores, rounding = scored(run, state.model)
     history, allowed = [outcome_of(record) for record in records], run.allowed or 0.0
@@ -131,21 +132,21 @@ def _cut_within(run: Context, state: State, records: list[Record]) -> Proposal:
     tuned = run.epochs > 0 and not (ending and not any(outcome.accepted for outcome in history))
     macs = Cost(units).macs
     whole = macs(np.ones(units.count, bool))
-    most, fewest = whole * (1 - LEAST_GAIN), _fewest_macs(run, records, whole)
+    most, failed = whole * (1 - LEAST_GAIN), _rolled_back(run, records)
+    fewest = math.sqrt(whole * failed)
     tau = bisect_tau(scores, drop_at, reach(history, allowed, tuned))
     if tau is not None and macs(survivors(units, scores, tau, rounding)) > most:
         tau = None  # too little goes to be worth a round
     if tau is None and tuned:  # fine-tuning may win back even more: the least cut is tried
         least = tau_for(units, scores, rounding, lambda alive: macs(alive) <= most)
-        tau = least[0] if least and macs(least[1]) >= fewest else None
+        tau = least[0] if least and macs(least[1]) > failed else None
     return {"tau": tau, "round_to": rounding.multiple}
 
 
-def _fewest_macs(run: Context, records: list[Record], whole: int) -> float:
-    """How many of a model's MACs must stay, by what was rolled back since it was accepted."""
-    since = list(takewhile(lambda record: not record["accepted"], reversed(records)))
-    failed = max((record["macs_share"] for record in since), default=0.0) * run.base_costs["macs"]
-    return math.sqrt(whole * failed)
+def _rolled_back(run: Context, records: list[Record]) -> float:
+    """The most MACs of a cut that was rolled back since the last one was accepted."""
+    since = takewhile(lambda record: not record["accepted"], reversed(records))
+    return max((record["macs_share"] for record in since), default=0.0) * run.base_costs["macs"]
 
 
 def _moved(run: Context, last: Outcome) -> float:

@@ -15,6 +15,7 @@ import pytest
 
 import onnxprune
 from onnxprune import RunOptions, TrainingError, UsageError, pipeline, proposals
+from onnxprune.judge import Judge, Verdict
 from onnxprune.select import Keep
 from onnxprune.threshold import published_tau
 from onnxprune.training import fine_tune
@@ -75,9 +76,25 @@ def test_where_every_cut_costs_too_much_the_least_is_tried(
 ) -> None:
     """Fine-tuning may win back more than was hoped for; without it nothing is tried. A threshold of 0 takes nothing."""
     monkeypatch.setattr(proposals, "bisect_tau", lambda *arguments: found)
-    tuned = run(tmp_path, max_drop=1.0, epochs=1)
-    assert len(tuned.rounds) == 1 and 0.5 < tuned.rounds[0]["macs_share"] < 0.99
+    tuned = run(tmp_path, max_drop=1.0, epochs=1, rounds=2)
+    shares = [record["macs_share"] for record in tuned.rounds]
+    assert len(shares) == 2 and 0.5 < shares[1] < shares[0] < 0.99
     assert not run(tmp_path / "untuned", max_drop=1.0).rounds
+
+
+@pytest.mark.parametrize(("asked", "epochs"), [(None, 102), (3, 3)])
+def test_a_round_that_almost_holds_is_tuned_for_as_long_again(
+    asked: int | None, epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user has said how long."""
+    almost, trained = Verdict(value=98.0, drop=1.2, loss=0.1, cosine=99.0, error=0.5, most=1.2), list[int]()
+    monkeypatch.setattr(Judge, "measure", lambda judge, model, limit=None: almost)
+    monkeypatch.setattr(pipeline, "fine_tune", lambda *arguments, **given: trained.append(arguments[4].epochs))
+    monkeypatch.setattr(pipeline, "prepare_trainer", lambda trainer, say: None)
+    report = run(tmp_path, max_drop=1.0, rounds=2, epochs=asked)
+    assert report.rounds[0]["epochs"] == epochs
+    assert sum(trained) == sum(record["epochs"] for record in report.rounds)
+    assert not report.rounds[0]["accepted"]
 
 
 def test_a_failing_round_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
