@@ -18,7 +18,7 @@ from onnxprune import RunOptions, TrainingError, UsageError, pipeline, proposals
 from onnxprune.judge import Judge, Verdict
 from onnxprune.select import Keep
 from onnxprune.threshold import published_tau
-from onnxprune.training import fine_tune
+from onnxprune.training import Trainer, fine_tune
 from tests.conftest import MODELS, needs_training
 
 MODEL, DIGITS, TEST = MODELS / "digits_mlp.onnx", str(MODELS / "digits.npz"), str(MODELS / "digits_test.npz")
@@ -95,6 +95,26 @@ def test_a_round_that_almost_holds_is_tuned_for_as_long_again(
     assert report.rounds[0]["epochs"] == epochs
     assert sum(trained) == sum(record["epochs"] for record in report.rounds)
     assert not report.rounds[0]["accepted"]
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "batch", "chosen"),
+    [
+        (True, "auto", 8192, "cuda"),
+        (True, "auto", 64, "auto"),
+        (False, "auto", 8192, "auto"),
+        (True, "ort", 8192, "ort"),
+    ],
+)
+def test_a_gpu_is_taken_for_long_steps(
+    there: bool, asked: Trainer, batch: int, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers = list[str]()
+    monkeypatch.setattr("onnxprune.context.has_cuda", lambda: there)
+    monkeypatch.setattr(pipeline, "fine_tune", lambda *arguments, **given: trainers.append(arguments[4].trainer))
+    monkeypatch.setattr(pipeline, "prepare_trainer", lambda trainer, say: None)
+    run(tmp_path, target_macs=0.5, epochs=1, trainer=asked, batch=batch)
+    assert trainers == [chosen]
 
 
 def test_a_failing_round_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
