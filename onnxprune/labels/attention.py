@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune.labels.flow import Flow, Vector, given, integer, integers, resize, rule
+from onnxprune.labels.flow import Flow, Vector, given, integer, integers, rule
 from onnxprune.labels.linear import CONTRACTED, lock_operands
 from onnxprune.labels.reshaping import merge, split
-
-if TYPE_CHECKING:
-    from onnxprune.cut import Cut
+from onnxprune.labels.resizing import Cut, resize
 
 Heads = tuple[Vector, Vector]  # the labels of the heads, and of the positions inside every head
 

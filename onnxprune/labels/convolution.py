@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune.labels.flow import Flow, Vector, given, integer, integers, resize, rule
-
-if TYPE_CHECKING:
-    from onnxprune.cut import Cut
+from onnxprune.labels.flow import Flow, Vector, given, integer, integers, rule
+from onnxprune.labels.resizing import Cut, resize
 
 SPACE = "a spatial axis"
 

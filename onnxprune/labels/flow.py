@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -29,15 +29,10 @@ from numpy.typing import NDArray
 from onnxprune.model import constant
 from onnxprune.shapes import Shape, Shapes
 
-if TYPE_CHECKING:
-    from onnxprune.cut import Cut
-
 Vector = NDArray[np.int64] | None
 Rule = Callable[["Flow", ir.Node], None]
-Resize = Callable[["Cut", ir.Node], None]
 
 RULES: dict[str, Rule] = {}
-RESIZES: dict[str, Resize] = {}
 
 
 def rule(*operators: str) -> Callable[[Rule], Rule]:
@@ -45,16 +40,6 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(operators, function))
-        return function
-
-    return register
-
-
-def resize(*operators: str) -> Callable[[Resize], Resize]:
-    """Registers what a cut must correct in these operators: attributes and constant inputs that hold sizes."""
-
-    def register(function: Resize) -> Resize:
-        RESIZES.update(dict.fromkeys(operators, function))
         return function
 
     return register

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import onnx_ir as ir
 
-from onnxprune.labels.flow import Flow, Vector, integer, integers, resize, rule
+from onnxprune.labels.flow import Flow, Vector, integer, integers, rule
 from onnxprune.labels.linear import lock_operands
 from onnxprune.labels.reshaping import split
-
-if TYPE_CHECKING:
-    from onnxprune.cut import Cut
+from onnxprune.labels.resizing import Cut, resize
 
 
 @rule("BatchNormalization")

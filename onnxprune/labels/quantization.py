@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import onnx_ir as ir
 
 from onnxprune.labels.convolution import conv
-from onnxprune.labels.flow import Flow, given, integer, resize, rule
+from onnxprune.labels.flow import Flow, given, integer, rule
 from onnxprune.labels.linear import lock_operands, matmul
-
-if TYPE_CHECKING:
-    from onnxprune.cut import Cut
+from onnxprune.labels.resizing import Cut, resize
 
 BOTH = ("QuantizeLinear", "DequantizeLinear", "com.microsoft::QuantizeLinear", "com.microsoft::DequantizeLinear")
 

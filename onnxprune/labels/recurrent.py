@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune.labels.flow import Flow, given, integer, resize, rule
-
-if TYPE_CHECKING:
-    from onnxprune.cut import Cut
+from onnxprune.labels.flow import Flow, given, integer, rule
+from onnxprune.labels.resizing import Cut, resize
 
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune.labels.flow import Flow, Vector, integer, integers, resize, rule
+from onnxprune.labels.flow import Flow, Vector, integer, integers, rule
+from onnxprune.labels.resizing import Cut, resize
 from onnxprune.model import constant
-
-if TYPE_CHECKING:
-    from onnxprune.cut import Cut
 
 Block = tuple[list[int], list[int]]  # axes before and axes after that hold the same elements
 Pair = tuple[int, int]

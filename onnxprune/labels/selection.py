@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune.labels.flow import Flow, Vector, given, integer, resize, rule, text
+from onnxprune.labels.flow import Flow, Vector, given, integer, rule, text
+from onnxprune.labels.resizing import Cut, resize
 from onnxprune.model import constant
-
-if TYPE_CHECKING:
-    from onnxprune.cut import Cut
 
 
 @rule("Concat")
