@@ -291,8 +291,10 @@ class Run(Context):
         for epochs in (self.epochs, 2 * self.epochs):
             self._tune(number, folder / f"tune-{epochs}", tuned, self.epochs, self.seconds)
             verdict = self.judge.measure(tuned)
-            if chosen or self.allowed is None or not verdict.drop - verdict.error <= self.allowed < verdict.most:
+            almost = self.allowed is not None and verdict.drop - verdict.error <= self.allowed < verdict.most
+            if chosen or not almost or epochs > self.epochs:
                 break
+            self.listener.note(f"round {number}: {verdict.drop:.2f} ± {verdict.error:.2f} lost: tuning as long again")
         return tuned, verdict, epochs
 
     def _sparsified(self, number: int, folder: Path, state: State, units: Units, alive: Alive) -> State:
