@@ -142,12 +142,12 @@ class Trainer:
     def __init__(self, folder: Path, onnxruntime: Any, artifacts: Any) -> None:
         self.folder, self.job = folder, json.loads((folder / "job.json").read_text())
         self.weights = dict(np.load(folder / "weights.npz"))
-        if artifacts is not None:
-            model, self.heads, self.gradients = differentiated(folder, artifacts, list(self.weights))
-            self.session = self._session(onnxruntime, model.SerializeToString())
-        else:
+        if "gradients" in self.job:  # the graph has them already
             self.heads, self.gradients = self.job["heads"], self.job["gradients"]
             self.session = self._session(onnxruntime, str(folder / "backward.onnx"))
+        else:
+            model, self.heads, self.gradients = differentiated(folder, artifacts, list(self.weights))
+            self.session = self._session(onnxruntime, model.SerializeToString())
         self.teacher = self._session(onnxruntime, str(folder / "teacher.onnx")) if self.job["distil"] else None
         self.batches = Batches(self.job)
         self.optimizer = AdamW(self.weights, self.job["weight_decay"], self.job["relative"])
