@@ -37,7 +37,7 @@ from onnxprune.training.worker import write_arrays
 
 HELD_OUT = 512  # samples by which the best epoch is chosen, at most
 SHARD = 32  # samples a thread works on at a time; batch statistics are taken over them
-ON_GPU = 256  # samples that a GPU works on at a time
+GPU_SHARD = 256  # samples that a GPU works on at a time
 PROBE = 512  # images that an augmentation is tried on
 TOLERATED = 0.1  # of the answers that may turn wrong under an augmentation
 
@@ -187,7 +187,7 @@ def _prepare(
         loss = replace(loss, features=whole_features(model, teacher, loss), weight=options.loss.features)
     most_held = 0 if augmentation.get("task") == "gradients" else HELD_OUT
     trainer = choose_trainer(options.trainer)
-    most = ON_GPU if trainer == "cuda" else SHARD
+    most = GPU_SHARD if trainer == "cuda" else SHARD
     shard, batch, held = _portions(len(data), options.batch, fixed_batch(model), most_held, most)
     arrays = {**data.inputs, **loss.targets(data)}
     sizes = {name: (shard, *array.shape[1:]) for name, array in arrays.items()}
