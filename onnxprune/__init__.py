@@ -18,23 +18,24 @@ from onnxprune.errors import (
 
 if TYPE_CHECKING:
     from onnxprune.api import Inspection, PruneResult, Verification, apply, inspect, prune, verify
-    from onnxprune.bench import BenchResult
-    from onnxprune.bench import bench_models as bench
-    from onnxprune.options import RunOptions
-    from onnxprune.pipeline import run
-    from onnxprune.plan import Plan
-    from onnxprune.report import Report
-    from onnxprune.select import Keep
-    from onnxprune.sensitivity import Sensitivity, sensitivity
-    from onnxprune.sources import ImageOptions
+    from onnxprune.benchmarking.bench import BenchResult
+    from onnxprune.benchmarking.bench import bench_models as bench
+    from onnxprune.choosing.select import Keep
+    from onnxprune.choosing.sensitivity import Sensitivity, sensitivity
+    from onnxprune.cutting.plan import Plan
+    from onnxprune.evaluating.sources import ImageOptions
+    from onnxprune.running.options import RunOptions
+    from onnxprune.running.pipeline import run
+    from onnxprune.running.report import Report
 
 __version__ = "0.1.0"
 
 _HOMES = {  # imported when first used: the training worker must not load the user's onnxruntime
     "Inspection": "api", "PruneResult": "api", "inspect": "api", "prune": "api",
-    "apply": "api", "verify": "api", "Verification": "api",
-    "BenchResult": "bench", "bench": "bench", "ImageOptions": "sources", "RunOptions": "options", "run": "pipeline",
-    "Plan": "plan", "Report": "report", "Keep": "select", "Sensitivity": "sensitivity", "sensitivity": "sensitivity",
+    "apply": "api", "verify": "api", "Verification": "api", "Keep": "choosing.select",
+    "BenchResult": "benchmarking.bench", "bench": "benchmarking.bench", "ImageOptions": "evaluating.sources",
+    "RunOptions": "running.options", "run": "running.pipeline", "Plan": "cutting.plan", "Report": "running.report",
+    "Sensitivity": "choosing.sensitivity", "sensitivity": "choosing.sensitivity",
 }  # fmt: skip
 
 __all__ = [

@@ -13,24 +13,24 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from onnxprune.cost import Alive, Cost
-from onnxprune.cut import cut
+from onnxprune.choosing.layers import choose_layers, drop_layers, find_layers, free_layers, weight_scores
+from onnxprune.choosing.select import Keep, Rounding, bounded, keep_best, survivors_by_share
+from onnxprune.cutting.cut import cut
+from onnxprune.cutting.plan import Plan, load_plan
+from onnxprune.cutting.verify import check_cut, mask_oracle
 from onnxprune.errors import ModelError, UsageError
-from onnxprune.evaluate import tolerance
-from onnxprune.files import check_writable, sha256, write_json
+from onnxprune.evaluating.evaluate import tolerance
+from onnxprune.graph.files import check_writable, sha256, write_json
+from onnxprune.graph.model import digest, external_files, open_model, save_model
 from onnxprune.labels import analyse
 from onnxprune.labels.convolution import SPACE
 from onnxprune.labels.solve import Granularity
-from onnxprune.layers import choose_layers, drop_layers, find_layers, free_layers, weight_scores
-from onnxprune.lineup import line_up, reorder
-from onnxprune.model import digest, external_files, open_model, save_model
-from onnxprune.normalise import normalise
-from onnxprune.plan import Plan, load_plan
-from onnxprune.score import Scope, normalise_scores, score_units
-from onnxprune.select import Keep, Rounding, bounded, keep_best, survivors_by_share
+from onnxprune.labels.units import Units, find_units, prunable
+from onnxprune.normalising.normalise import normalise
+from onnxprune.scoring.cost import Alive, Cost
+from onnxprune.scoring.lineup import line_up, reorder
+from onnxprune.scoring.score import Scope, normalise_scores, score_units
 from onnxprune.training.forward import untrainable
-from onnxprune.units import Units, find_units, prunable
-from onnxprune.verify import check_cut, mask_oracle
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ import onnx
 import onnx_ir as ir
 from onnx import helper, numpy_helper, parser
 
-from onnxprune.cut import cut
-from onnxprune.data import random_inputs
-from onnxprune.evaluate import comparable_form, relative_difference, run_on_all, tolerance
+from onnxprune.cutting.cut import cut
+from onnxprune.cutting.verify import mask_oracle
+from onnxprune.evaluating.data import random_inputs
+from onnxprune.evaluating.evaluate import comparable_form, relative_difference, run_on_all, tolerance
 from onnxprune.labels import analyse
-from onnxprune.lineup import reorder, sort_rows
-from onnxprune.normalise import normalise
-from onnxprune.units import Units, find_units
-from onnxprune.verify import mask_oracle
+from onnxprune.labels.units import Units, find_units
+from onnxprune.normalising.normalise import normalise
+from onnxprune.scoring.lineup import reorder, sort_rows
 
 
 def proto(text: str, inputs: tuple[str, ...] = ("x",), opset: int = 21, seed: int = 0) -> onnx.ModelProto:

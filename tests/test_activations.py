@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxprune.activations import ACTIVATION_CRITERIA, DAMPING
-from onnxprune.data import Dataset
+from onnxprune.evaluating.data import Dataset
+from onnxprune.evaluating.sources import as_dataset
+from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.sources import as_dataset
-from onnxprune.units import find_units, prunable
+from onnxprune.labels.units import find_units, prunable
+from onnxprune.normalising.normalise import normalise
+from onnxprune.scoring.activations import ACTIVATION_CRITERIA, DAMPING
 from tests.conftest import MODELS
 from tests.graphs import graph
 

@@ -13,11 +13,11 @@ import pytest
 from onnx import numpy_helper
 
 from onnxprune.errors import ModelError
-from onnxprune.evaluate import relative_difference, run_model
+from onnxprune.evaluating.evaluate import relative_difference, run_model
+from onnxprune.graph.model import open_model, save_model
 from onnxprune.labels import analyse
-from onnxprune.model import open_model, save_model
-from onnxprune.normalise import normalise
-from onnxprune.units import find_units
+from onnxprune.labels.units import find_units
+from onnxprune.normalising.normalise import normalise
 
 FOLDERS = sorted(Path(onnx.backend.test.__file__).parent.glob("data/*/*/model.onnx"))
 CHUNKS = 16

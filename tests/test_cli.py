@@ -16,10 +16,10 @@ import onnx
 import onnxruntime
 import pytest
 
-from onnxprune.model import open_model, save_model
-from onnxprune.plan import load_plan
+from onnxprune.cutting.plan import load_plan
+from onnxprune.cutting.verify import mask_oracle
+from onnxprune.graph.model import open_model, save_model
 from onnxprune.training import supported
-from onnxprune.verify import mask_oracle
 from tests.conftest import MODELS, call, needs_training, start
 from tests.graphs import graph, proto
 

@@ -10,11 +10,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from onnxprune.bench import Runtime, bench_models, fallen_back
-from onnxprune.data import random_inputs
+from onnxprune.benchmarking.bench import Runtime, bench_models, fallen_back
+from onnxprune.benchmarking.probe import probe
 from onnxprune.errors import TrainingError, UsageError
-from onnxprune.model import is_loadable, open_model, open_session
-from onnxprune.probe import probe
+from onnxprune.evaluating.data import random_inputs
+from onnxprune.graph.model import is_loadable, open_model, open_session
 from onnxprune.training import TrainingOptions, fine_tune
 from tests.conftest import MODELS, call
 from tests.test_training import damaged, digits, load
@@ -110,7 +110,7 @@ def test_training_on_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.Monk
 
 def test_a_provider_that_cannot_be_loaded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     # as onnxruntime has it where the provider's library can't be loaded
-    monkeypatch.setattr("onnxprune.model.Session.get_providers", lambda session: ["CPUExecutionProvider"])
+    monkeypatch.setattr("onnxprune.graph.model.Session.get_providers", lambda session: ["CPUExecutionProvider"])
     other = next((name for name in onnxruntime.get_available_providers() if not name.startswith("CPU")), None)
     if other is None:
         pytest.skip("this onnxruntime has the CPU only")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from onnxprune.data import check_data
 from onnxprune.errors import DataError
-from onnxprune.evaluate import find_metric
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.sources import ImageOptions, load_data
+from onnxprune.evaluating.data import check_data
+from onnxprune.evaluating.evaluate import find_metric
+from onnxprune.evaluating.sources import ImageOptions, load_data
+from onnxprune.graph.model import open_model
+from onnxprune.normalising.normalise import normalise
 from tests.conftest import MODELS
 from tests.graphs import graph
 

@@ -6,11 +6,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxprune.bench import Runtime, bench_models, compare, find_providers, profile_model
-from onnxprune.data import Dataset
+from onnxprune.benchmarking.bench import Runtime, bench_models, compare, find_providers, profile_model
 from onnxprune.errors import DataError, UsageError
-from onnxprune.evaluate import find_metric
-from onnxprune.judge import Judge
+from onnxprune.evaluating.data import Dataset
+from onnxprune.evaluating.evaluate import find_metric
+from onnxprune.evaluating.judge import Judge
 from tests.conftest import MODELS
 from tests.graphs import graph
 

@@ -8,8 +8,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from onnxprune.model import open_model
-from onnxprune.sources import load_data
+from onnxprune.evaluating.sources import load_data
+from onnxprune.graph.model import open_model
 from tests.conftest import MODELS, call
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxprune.data import Dataset
 from onnxprune.errors import UsageError
-from onnxprune.gradients import GRADIENT_CRITERIA
+from onnxprune.evaluating.data import Dataset
+from onnxprune.evaluating.sources import as_dataset
+from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.sources import as_dataset
-from onnxprune.units import find_units, prunable
+from onnxprune.labels.units import find_units, prunable
+from onnxprune.normalising.normalise import normalise
+from onnxprune.scoring.gradients import GRADIENT_CRITERIA
 from tests.conftest import MODELS, needs_training
 from tests.graphs import graph
 

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 import onnxprune
-from onnxprune.cost import Cost
+from onnxprune.benchmarking.latency import CORRECTIONS, correct
+from onnxprune.benchmarking.probe import CPU, SPEED_WIDTHS, Probe, block_size, cache_file, probe
+from onnxprune.choosing.select import Rounding
 from onnxprune.errors import UsageError
-from onnxprune.files import write_json
+from onnxprune.graph.files import write_json
+from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse
-from onnxprune.latency import CORRECTIONS, correct
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.options import RunOptions
-from onnxprune.probe import CPU, SPEED_WIDTHS, Probe, block_size, cache_file, probe
-from onnxprune.select import Rounding
-from onnxprune.units import find_units
+from onnxprune.labels.units import find_units
+from onnxprune.normalising.normalise import normalise
+from onnxprune.running.options import RunOptions
+from onnxprune.scoring.cost import Cost
 from tests.conftest import MODELS, call
 from tests.graphs import graph
 

@@ -10,16 +10,16 @@ import pytest
 
 import onnxprune
 from onnxprune.api import inspect, prune
-from onnxprune.data import random_inputs
+from onnxprune.choosing.layers import choose_layers, drop_layers, find_layers, influence_scores, weight_scores
+from onnxprune.choosing.select import Keep
+from onnxprune.cutting.plan import Plan, load_plan
+from onnxprune.cutting.verify import mask_oracle
 from onnxprune.errors import UsageError
-from onnxprune.evaluate import relative_difference, run_model
-from onnxprune.layers import choose_layers, drop_layers, find_layers, influence_scores, weight_scores
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.plan import Plan, load_plan
-from onnxprune.select import Keep
-from onnxprune.sources import as_dataset
-from onnxprune.verify import mask_oracle
+from onnxprune.evaluating.data import random_inputs
+from onnxprune.evaluating.evaluate import relative_difference, run_model
+from onnxprune.evaluating.sources import as_dataset
+from onnxprune.graph.model import open_model
+from onnxprune.normalising.normalise import normalise
 from tests.conftest import MODELS
 from tests.graphs import graph
 

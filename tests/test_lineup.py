@@ -9,15 +9,15 @@ import onnx_ir as ir
 import pytest
 
 from onnxprune.api import apply, prune, verify
-from onnxprune.data import random_inputs
+from onnxprune.cutting.plan import Reordering, load_plan
 from onnxprune.errors import ModelError
-from onnxprune.evaluate import relative_difference, run_model
+from onnxprune.evaluating.data import random_inputs
+from onnxprune.evaluating.evaluate import relative_difference, run_model
+from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse
-from onnxprune.lineup import line_up, reorder
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.plan import Reordering, load_plan
-from onnxprune.units import find_units
+from onnxprune.labels.units import find_units
+from onnxprune.normalising.normalise import normalise
+from onnxprune.scoring.lineup import line_up, reorder
 from tests.conftest import MODELS
 from tests.graphs import graph, proto
 from tests.rules.test_rules import EXACT

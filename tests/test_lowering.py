@@ -17,9 +17,9 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from scipy.special import erf
 
-from onnxprune.data import Dataset, random_inputs
 from onnxprune.errors import TrainingError
-from onnxprune.evaluate import relative_difference, run_model
+from onnxprune.evaluating.data import Dataset, random_inputs
+from onnxprune.evaluating.evaluate import relative_difference, run_model
 from onnxprune.training import Loss, TrainingOptions, client, find_runtime
 from onnxprune.training.forward import evaluation_graph, trainable, training_graph
 from onnxprune.training.losses import plan_loss

@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.errors import ModelError
-from onnxprune.evaluate import run_model
-from onnxprune.model import open_model, save_model
+from onnxprune.evaluating.evaluate import run_model
+from onnxprune.graph.model import open_model, save_model
 from tests.conftest import MODELS
 from tests.graphs import graph, proto
 

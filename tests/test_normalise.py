@@ -8,13 +8,13 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxprune.data import random_inputs
 from onnxprune.errors import ModelError
-from onnxprune.evaluate import relative_difference, run_model
+from onnxprune.evaluating.data import random_inputs
+from onnxprune.evaluating.evaluate import relative_difference, run_model
+from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.units import find_units
+from onnxprune.labels.units import find_units
+from onnxprune.normalising.normalise import normalise
 from tests.conftest import MODELS
 from tests.graphs import check_oracle, graph, proto
 

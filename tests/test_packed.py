@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from onnxprune.labels import analyse
-from onnxprune.units import find_units
+from onnxprune.labels.units import find_units
 from tests.graphs import check_oracle, graph
 
 ATTEND = """a = MatMul(q, kt) z = Softmax(a) c = MatMul(z, v) d = Transpose<perm=[0,2,1,3]>(c) e = Reshape(d, join)

@@ -14,10 +14,11 @@ import onnxruntime
 import pytest
 
 import onnxprune
-from onnxprune import RunOptions, TrainingError, UsageError, pipeline, proposals
-from onnxprune.judge import Judge, Verdict
-from onnxprune.select import Keep
-from onnxprune.threshold import published_tau
+from onnxprune import RunOptions, TrainingError, UsageError
+from onnxprune.choosing.select import Keep
+from onnxprune.choosing.threshold import published_tau
+from onnxprune.evaluating.judge import Judge, Verdict
+from onnxprune.running import pipeline, proposals
 from onnxprune.training import Trainer, fine_tune
 from tests.conftest import MODELS, needs_training
 
@@ -110,7 +111,7 @@ def test_a_gpu_is_taken_for_long_steps(
     there: bool, asked: Trainer, batch: int, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainers = list[str]()
-    monkeypatch.setattr("onnxprune.context.has_cuda", lambda: there)
+    monkeypatch.setattr("onnxprune.running.context.has_cuda", lambda: there)
     monkeypatch.setattr(pipeline, "fine_tune", lambda *arguments, **given: trainers.append(arguments[4].trainer))
     monkeypatch.setattr(pipeline, "prepare_trainer", lambda trainer, say: None)
     run(tmp_path, target_macs=0.5, epochs=1, trainer=asked, batch=batch)

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnxprune.cut import cut
+from onnxprune.cutting.cut import cut
+from onnxprune.cutting.plan import Plan, Removal, load_plan
+from onnxprune.cutting.verify import check_cut, mask_oracle
 from onnxprune.errors import ModelError, UsageError
+from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.plan import Plan, Removal, load_plan
-from onnxprune.units import find_units
-from onnxprune.verify import check_cut, mask_oracle
+from onnxprune.labels.units import find_units
+from onnxprune.normalising.normalise import normalise
 from tests.conftest import MODELS
 from tests.graphs import random_cut
 

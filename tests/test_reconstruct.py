@@ -8,17 +8,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxprune.cut import cut
-from onnxprune.data import random_inputs
-from onnxprune.evaluate import find_metric, predict, relative_difference, run_model
+from onnxprune.cutting.cut import cut
+from onnxprune.cutting.plan import Plan
+from onnxprune.evaluating.data import random_inputs
+from onnxprune.evaluating.evaluate import find_metric, predict, relative_difference, run_model
+from onnxprune.evaluating.sources import as_dataset
+from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.plan import Plan
-from onnxprune.reconstruct import reconstruct
-from onnxprune.repair import reestimate_batch_norm, undo_if_worse
-from onnxprune.sources import as_dataset
-from onnxprune.units import find_units
+from onnxprune.labels.units import find_units
+from onnxprune.normalising.normalise import normalise
+from onnxprune.repairing.reconstruct import reconstruct
+from onnxprune.repairing.repair import reestimate_batch_norm, undo_if_worse
 from tests.conftest import MODELS
 from tests.graphs import graph, random_cut
 

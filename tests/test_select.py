@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from onnxprune.cost import Cost
-from onnxprune.cut import cut
+from onnxprune.choosing.select import Keep, Rounding, bounded, survivors, survivors_by_share, tau_for
+from onnxprune.choosing.threshold import INITIAL, Outcome, bisect_tau, initial_tau, next_progress, published_tau, reach
+from onnxprune.cutting.cut import cut
 from onnxprune.errors import ModelError, UsageError
+from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.proposals import outcome_of
-from onnxprune.score import CRITERIA, SCOPES, Scope, normalise_scores, score_units
-from onnxprune.select import Keep, Rounding, bounded, survivors, survivors_by_share, tau_for
-from onnxprune.threshold import INITIAL, Outcome, bisect_tau, initial_tau, next_progress, published_tau, reach
-from onnxprune.units import Units, find_units
+from onnxprune.labels.units import Units, find_units
+from onnxprune.normalising.normalise import normalise
+from onnxprune.running.proposals import outcome_of
+from onnxprune.scoring.cost import Cost
+from onnxprune.scoring.score import CRITERIA, SCOPES, Scope, normalise_scores, score_units
 from tests.conftest import MODELS
 from tests.graphs import graph
 

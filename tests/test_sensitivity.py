@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from onnxprune.choosing.sensitivity import sensitivity
 from onnxprune.errors import UsageError
-from onnxprune.sensitivity import sensitivity
 from tests.conftest import MODELS, call
 
 MODEL, DATA = MODELS / "digits_mlp.onnx", str(MODELS / "digits_test.npz")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,5 +25,26 @@ def test_code(command: list[str]) -> None:
 
 
 def test_every_public_name_is_there() -> None:
+    """Whatever was imported before: a module of the same name would stand in its place from then on."""
+    for module in pkgutil.walk_packages(onnxprune.__path__, "onnxprune."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     for name in onnxprune.__all__:
-        assert getattr(onnxprune, name) is not None
+        assert callable(getattr(onnxprune, name)), name
+
+
+def test_folders_import_only_from_below() -> None:
+    """In the order in which docs/architecture.md names them, and errors and progress, which import nothing."""
+    text = " ".join((ROOT / "docs" / "architecture.md").read_text().split())
+    named = re.search(r"from the ground up: ([a-z, ]+)\.", text)
+    assert named
+    ground_up = ["errors", "progress", *named.group(1).split(", ")]
+    package = ROOT / "onnxprune"
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert folders - {"cli"} == set(ground_up[2:])
+    for name in ground_up:
+        for path in [package / f"{name}.py", *(package / name).rglob("*.py")]:
+            if path.exists():
+                imported = re.findall(r"^ *(?:from|import) onnxprune(?:\.(\w+))?", path.read_text(), re.MULTILINE)
+                above = {each for each in imported if each not in ground_up[: ground_up.index(name) + 1]}
+                assert not above, f"{path.relative_to(ROOT)} imports from {', '.join(sorted(above)) or 'the package'}"

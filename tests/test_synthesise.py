@@ -10,16 +10,16 @@ import pytest
 
 import onnxprune
 from onnxprune import RunOptions
-from onnxprune.cost import Cost
-from onnxprune.cut import cut
-from onnxprune.data import random_dataset
-from onnxprune.evaluate import find_metric, predict
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.reconstruct import reconstruct
-from onnxprune.sources import as_dataset
-from onnxprune.synthesise import noise_dataset, synthetic_dataset
-from onnxprune.units import prunable
+from onnxprune.cutting.cut import cut
+from onnxprune.evaluating.data import random_dataset
+from onnxprune.evaluating.evaluate import find_metric, predict
+from onnxprune.evaluating.sources import as_dataset
+from onnxprune.graph.model import open_model
+from onnxprune.labels.units import prunable
+from onnxprune.normalising.normalise import normalise
+from onnxprune.repairing.reconstruct import reconstruct
+from onnxprune.scoring.cost import Cost
+from onnxprune.training.synthesise import noise_dataset, synthetic_dataset
 from tests.conftest import MODELS, call, needs_training
 from tests.graphs import graph, random_cut
 

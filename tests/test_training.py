@@ -18,22 +18,22 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from onnxprune.cut import cut
-from onnxprune.data import Dataset, check_data, random_inputs
+from onnxprune.cutting.cut import cut
 from onnxprune.errors import DataError, TrainingError, UsageError
-from onnxprune.evaluate import find_metric, log_probabilities, predict, relative_difference, run_model
-from onnxprune.judge import Judge
+from onnxprune.evaluating.data import Dataset, check_data, random_inputs
+from onnxprune.evaluating.evaluate import find_metric, log_probabilities, predict, relative_difference, run_model
+from onnxprune.evaluating.judge import Judge
+from onnxprune.evaluating.sources import load_data
+from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.sources import load_data
+from onnxprune.labels.units import fading_parts, find_units
+from onnxprune.normalising.normalise import normalise
 from onnxprune.training import Loss, Trainer, TrainingOptions, fine_tune, runtime
 from onnxprune.training.batches import augment
 from onnxprune.training.client import WorkerDiedError, choose_augmentation
 from onnxprune.training.forward import teacher_graph, trainable, training_graph, untrainable
 from onnxprune.training.losses import plan_loss, whole_features
 from onnxprune.training.optimizer import AdamW, learning_rate
-from onnxprune.units import fading_parts, find_units
 from tests.conftest import MODELS, needs_training
 from tests.graphs import graph, random_cut
 
@@ -171,7 +171,7 @@ def test_distillation_without_labels_wins_back_what_noise_took(name: str, tmp_pa
     before = loss_of(student, model, data)
     events: list[dict[str, Any]] = []
     fine_tune(student, model, data, tmp_path / "job", TrainingOptions(epochs=8), progress=events.append)
-    from onnxprune.repair import reestimate_batch_norm
+    from onnxprune.repairing.repair import reestimate_batch_norm
 
     reestimate_batch_norm(student, data)
     assert loss_of(student, model, data) < 0.6 * before

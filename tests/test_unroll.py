@@ -7,11 +7,11 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxprune.data import random_inputs
-from onnxprune.evaluate import relative_difference, run_model
+from onnxprune.evaluating.data import random_inputs
+from onnxprune.evaluating.evaluate import relative_difference, run_model
 from onnxprune.labels import analyse
-from onnxprune.normalise import normalise
-from onnxprune.units import find_units
+from onnxprune.labels.units import find_units
+from onnxprune.normalising.normalise import normalise
 from tests.graphs import check_oracle
 
 

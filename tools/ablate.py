@@ -18,22 +18,22 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune import reconstruct as module
-from onnxprune.cost import Cost
-from onnxprune.cut import cut
-from onnxprune.data import Dataset
-from onnxprune.evaluate import find_metric, predict
-from onnxprune.lineup import line_up
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.options import RunOptions
-from onnxprune.repair import reestimate_batch_norm
-from onnxprune.score import normalise_scores, score_units
-from onnxprune.select import Rounding, tau_for
-from onnxprune.sources import ImageOptions, as_dataset
+from onnxprune.choosing.select import Rounding, tau_for
+from onnxprune.cutting.cut import cut
+from onnxprune.evaluating.data import Dataset
+from onnxprune.evaluating.evaluate import find_metric, predict
+from onnxprune.evaluating.sources import ImageOptions, as_dataset
+from onnxprune.graph.model import open_model
+from onnxprune.labels.units import granularity_for, prunable
+from onnxprune.normalising.normalise import normalise
+from onnxprune.repairing import reconstruct as module
+from onnxprune.repairing.repair import reestimate_batch_norm
+from onnxprune.running.options import RunOptions
+from onnxprune.scoring.cost import Cost
+from onnxprune.scoring.lineup import line_up
+from onnxprune.scoring.score import normalise_scores, score_units
 from onnxprune.training import Loss, TrainingOptions, fine_tune
 from onnxprune.training.client import choose_augmentation
-from onnxprune.units import granularity_for, prunable
 
 TEST = 2000  # samples
 

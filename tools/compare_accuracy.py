@@ -27,15 +27,15 @@ import onnxsim
 
 import onnxprune
 from onnxprune import RunOptions
-from onnxprune.cost import Cost
-from onnxprune.data import Dataset
-from onnxprune.evaluate import find_metric, predict
+from onnxprune.evaluating.data import Dataset
+from onnxprune.evaluating.evaluate import find_metric, predict
+from onnxprune.evaluating.sources import ImageOptions, as_dataset
+from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.sources import ImageOptions, as_dataset
+from onnxprune.labels.units import find_units
+from onnxprune.normalising.normalise import normalise
+from onnxprune.scoring.cost import Cost
 from onnxprune.training.client import choose_augmentation
-from onnxprune.units import find_units
 
 PEER = Path(__file__).with_name("peer_torch_pruning.py")
 

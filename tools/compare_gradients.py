@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.data import Dataset, random_inputs
-from onnxprune.model import open_model, save_model
-from onnxprune.normalise import normalise
+from onnxprune.evaluating.data import Dataset, random_inputs
+from onnxprune.graph.model import open_model, save_model
+from onnxprune.normalising.normalise import normalise
 from onnxprune.training import Loss, TrainingOptions, client
 
 SAMPLES = 32  # one shard: batch normalisation sees the same statistics in both

@@ -26,18 +26,18 @@ import numpy as np
 import onnx
 from sweep import filled
 
-from onnxprune.bench import Runtime, bench_models, find_providers
-from onnxprune.cost import Cost
-from onnxprune.cut import cut
-from onnxprune.data import random_inputs
-from onnxprune.finalise import finalise
+from onnxprune.benchmarking.bench import Runtime, bench_models, find_providers
+from onnxprune.benchmarking.probe import CPU, Probe, probe
+from onnxprune.choosing.select import Rounding, tau_for
+from onnxprune.cutting.cut import cut
+from onnxprune.evaluating.data import random_inputs
+from onnxprune.exporting.finalise import finalise
+from onnxprune.graph.model import open_model, save_model
 from onnxprune.labels import analyse
-from onnxprune.model import open_model, save_model
-from onnxprune.normalise import normalise
-from onnxprune.probe import CPU, Probe, probe
-from onnxprune.score import normalise_scores, origin_of, score_units
-from onnxprune.select import Rounding, tau_for
-from onnxprune.units import chosen_units, find_units
+from onnxprune.labels.units import chosen_units, find_units
+from onnxprune.normalising.normalise import normalise
+from onnxprune.scoring.cost import Cost
+from onnxprune.scoring.score import normalise_scores, origin_of, score_units
 
 PEER = Path(__file__).with_name("peer_torch_pruning.py")
 

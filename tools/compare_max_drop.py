@@ -17,11 +17,11 @@ import numpy as np
 
 import onnxprune
 from onnxprune import RunOptions
-from onnxprune.data import Dataset
-from onnxprune.evaluate import find_metric, predict
-from onnxprune.model import open_model
-from onnxprune.normalise import normalise
-from onnxprune.sources import ImageOptions, as_dataset
+from onnxprune.evaluating.data import Dataset
+from onnxprune.evaluating.evaluate import find_metric, predict
+from onnxprune.evaluating.sources import ImageOptions, as_dataset
+from onnxprune.graph.model import open_model
+from onnxprune.normalising.normalise import normalise
 
 GRID = 0.8 ** np.arange(1, 14)  # shares of the MACs
 

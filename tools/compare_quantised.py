@@ -17,11 +17,11 @@ from typing import Any
 
 import onnxprune
 from onnxprune import RunOptions
-from onnxprune.bench import time_models
-from onnxprune.evaluate import find_metric, predict
-from onnxprune.model import open_model
-from onnxprune.quantise import quantise
-from onnxprune.sources import load_data
+from onnxprune.benchmarking.bench import time_models
+from onnxprune.evaluating.evaluate import find_metric, predict
+from onnxprune.evaluating.sources import load_data
+from onnxprune.exporting.quantise import quantise
+from onnxprune.graph.model import open_model
 
 
 def main() -> None:

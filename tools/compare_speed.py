@@ -66,14 +66,14 @@ def own_seconds(path: Path) -> dict[str, float]:
 
 def measure_own(path: Path) -> dict[str, float]:
     """As `own_seconds`, in this process."""
-    from onnxprune.cut import cut
+    from onnxprune.choosing.select import Rounding, survivors_by_share
+    from onnxprune.cutting.cut import cut
+    from onnxprune.graph.model import open_model
     from onnxprune.labels import analyse
-    from onnxprune.lineup import reorder, sort_rows
-    from onnxprune.model import open_model
-    from onnxprune.normalise import normalise
-    from onnxprune.score import normalise_scores, score_units
-    from onnxprune.select import Rounding, survivors_by_share
-    from onnxprune.units import find_units
+    from onnxprune.labels.units import find_units
+    from onnxprune.normalising.normalise import normalise
+    from onnxprune.scoring.lineup import reorder, sort_rows
+    from onnxprune.scoring.score import normalise_scores, score_units
 
     begin = time.perf_counter()
     model = normalise(open_model(path))
@@ -189,7 +189,7 @@ def measure_memory(path: Path, output: Path) -> dict[str, float]:
     import psutil
 
     import onnxprune.api
-    from onnxprune.model import open_model
+    from onnxprune.graph.model import open_model
 
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()

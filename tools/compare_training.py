@@ -4,8 +4,9 @@
 
 PYTHON is an interpreter with torch and onnx2torch. Each turn times steps of 64 random images with AdamW and
 cross-entropy, batch normalisation on its own statistics or on those of the batch (--batch-statistics): onnxprune with
-ONNX Runtime training, with gradients as ONNX nodes, and PyTorch. What is written, as JSON and as a table, are images
-per second as shares of PyTorch's in the same turn, the median over turns and their range.
+ONNX Runtime training and with gradients as ONNX nodes, or with other --trainers, and PyTorch on --peer-device. What is
+written, as JSON and as a table, are images per second as shares of PyTorch's in the same turn, the median over turns
+and their range.
 """
 
 from __future__ import annotations
@@ -22,20 +23,21 @@ from typing import Any
 import numpy as np
 
 BATCH, STEPS, SKIPPED = 64, 14, 4
+NAMES = {"ort": "ONNX Runtime training", "graph": "gradients as nodes", "cuda": "gradients as nodes on a GPU"}
 
 PEER = """
 import sys, time
 import numpy as np, torch
 from onnx2torch import convert
-path, threads, steps, batch, statistics, *shape = sys.argv[1:]
+path, threads, steps, batch, statistics, device, *shape = sys.argv[1:]
 torch.set_num_threads(int(threads))
-model = convert(path).train()
+model = convert(path).train().to(device)
 for module in model.modules():
     if statistics == "kept" and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
         module.eval()
 rng = np.random.default_rng(0)
-x = torch.tensor(rng.standard_normal((int(batch), *map(int, shape))), dtype=torch.float32)
-y = torch.tensor(rng.integers(0, 10, int(batch)))
+x = torch.tensor(rng.standard_normal((int(batch), *map(int, shape))), dtype=torch.float32, device=device)
+y = torch.tensor(rng.integers(0, 10, int(batch)), device=device)
 optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=1e-4)
 times = []
 for _ in range(int(steps)):
@@ -45,6 +47,7 @@ for _ in range(int(steps)):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
     optimizer.step()
+    loss.item()
     times.append(time.perf_counter() - start)
 print(np.median(times[4:]))
 """
@@ -52,9 +55,9 @@ print(np.median(times[4:]))
 
 def ours(path: str, trainer: str, threads: int, shape: list[int], batch_statistics: bool) -> float:
     """Seconds of a step."""
-    from onnxprune.data import Dataset
-    from onnxprune.model import open_model
-    from onnxprune.normalise import normalise
+    from onnxprune.evaluating.data import Dataset
+    from onnxprune.graph.model import open_model
+    from onnxprune.normalising.normalise import normalise
     from onnxprune.training import Loss, TrainingOptions, fine_tune
 
     model = normalise(open_model(path))
@@ -75,10 +78,10 @@ def ours(path: str, trainer: str, threads: int, shape: list[int], batch_statisti
     return float(np.median(np.diff(moments)[SKIPPED:]))
 
 
-def theirs(python: str, path: str, threads: int, shape: list[int], batch_statistics: bool) -> float:
+def theirs(python: str, path: str, threads: int, shape: list[int], batch_statistics: bool, device: str) -> float:
     """Seconds of a step in PyTorch."""
     statistics = "batch" if batch_statistics else "kept"
-    words = [python, "-c", PEER, path, str(threads), str(STEPS), str(BATCH), statistics, *map(str, shape)]
+    words = [python, "-c", PEER, path, str(threads), str(STEPS), str(BATCH), statistics, device, *map(str, shape)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"PyTorch failed on {path}: {done.stderr.strip().splitlines()[-1]}")
@@ -90,19 +93,22 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL=C,H,W")
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--trainers", nargs="+", choices=NAMES, default=["ort", "graph"])
+    parser.add_argument("--peer-device", default="cpu")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--batch-statistics", action="store_true")
     parser.add_argument("-o", "--output", type=Path, default=Path("throughput.json"))
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    lines = ["| model | threads | ONNX Runtime training | gradients as nodes |", "|---|---|---|---|"]
+    lines = [f"| model | threads | {' | '.join(NAMES[each] for each in given.trainers)} |"]
+    lines.append("|---|---" + "|---" * len(given.trainers) + "|")
     for entry in given.models:
         path, _, sizes = entry.partition("=")
         shape = [int(size) for size in sizes.split(",")]
         for threads in given.threads:
-            shares: dict[str, list[float]] = {"ort": [], "graph": []}
+            shares: dict[str, list[float]] = {trainer: [] for trainer in given.trainers}
             for _ in range(given.turns):
-                peer = theirs(given.peer_python, path, threads, shape, given.batch_statistics)
+                peer = theirs(given.peer_python, path, threads, shape, given.batch_statistics, given.peer_device)
                 for trainer, found in shares.items():
                     found.append(peer / ours(path, trainer, threads, shape, given.batch_statistics))
             rows.append({"model": Path(path).name, "threads": threads, **shares})

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OTHERS = ("cut", "layers", "lineup", "packed", "integers")
 FILES = [
     *sorted((ROOT / "onnxprune" / "labels").glob("*.py")),
-    *(ROOT / "onnxprune" / f"{name}.py" for name in OTHERS),
+    *(next((ROOT / "onnxprune").rglob(f"{name}.py")) for name in OTHERS),
 ]
 TESTS = ["tests/rules", *(f"tests/test_{name}.py" for name in (*OTHERS[1:], "unroll")), "tests/properties"]
 CALLS = {"tie", "lock", "lock_all", "rectangle", "inexact"}

@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from onnxprune import bench as benchmarks
-from onnxprune.bench import bench_models
-from onnxprune.data import random_inputs
-from onnxprune.evaluate import session_options
-from onnxprune.interleave import interleave
-from onnxprune.model import open_model, open_session
+from onnxprune.benchmarking import bench as benchmarks
+from onnxprune.benchmarking.bench import bench_models
+from onnxprune.benchmarking.interleave import interleave
+from onnxprune.evaluating.data import random_inputs
+from onnxprune.evaluating.evaluate import session_options
+from onnxprune.graph.model import open_model, open_session
 
 TRIALS = 40
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.evaluate import METRICS, predict
-from onnxprune.model import open_model
-from onnxprune.sources import load_data
+from onnxprune.evaluating.evaluate import METRICS, predict
+from onnxprune.evaluating.sources import load_data
+from onnxprune.graph.model import open_model
 
 
 def command(*words: str) -> dict[str, Any]:

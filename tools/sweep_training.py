@@ -26,10 +26,10 @@ def tune_one(path: Path) -> dict[str, Any]:
     from sweep import filled
 
     from onnxprune.api import prune
-    from onnxprune.data import Dataset, fixed_batch, random_inputs
-    from onnxprune.evaluate import predict, relative_difference, run_model
-    from onnxprune.model import open_model
-    from onnxprune.normalise import normalise
+    from onnxprune.evaluating.data import Dataset, fixed_batch, random_inputs
+    from onnxprune.evaluating.evaluate import predict, relative_difference, run_model
+    from onnxprune.graph.model import open_model
+    from onnxprune.normalising.normalise import normalise
     from onnxprune.training import TrainingOptions, fine_tune
     from onnxprune.training.forward import evaluation_graph
     from onnxprune.training.losses import plan_loss

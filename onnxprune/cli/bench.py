@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from onnxprune.bench import (
+from onnxprune.benchmarking.bench import (
     BenchResult,
     OperatorTime,
     Runtime,
@@ -18,12 +18,12 @@ from onnxprune.bench import (
     find_providers,
     profile_model,
 )
+from onnxprune.benchmarking.interleave import LEVELS, ON_GPU
+from onnxprune.benchmarking.probe import CPU
+from onnxprune.benchmarking.remote import SCRIPT, bench_by_ssh, full_name, write_bundle
 from onnxprune.cli.options import PairType, ShapeType, with_json
 from onnxprune.cli.output import print_json, say, show
 from onnxprune.errors import UsageError
-from onnxprune.interleave import LEVELS, ON_GPU
-from onnxprune.probe import CPU
-from onnxprune.remote import SCRIPT, bench_by_ssh, full_name, write_bundle
 
 
 @click.command("bench", short_help="Time models against each other.")

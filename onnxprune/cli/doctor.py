@@ -10,8 +10,8 @@ from rich.table import Table
 
 from onnxprune.cli.options import with_json
 from onnxprune.cli.output import print_json, say, show
-from onnxprune.model import is_loadable
-from onnxprune.report import versions
+from onnxprune.graph.model import is_loadable
+from onnxprune.running.report import versions
 from onnxprune.training import find_runtime, install_runtime, supported
 
 

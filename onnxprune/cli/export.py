@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from onnxprune.bench import model_bytes
+from onnxprune.benchmarking.bench import model_bytes
 from onnxprune.cli.options import IMAGE_OPTIONS, image_options, options, with_json
 from onnxprune.cli.output import print_json, say
-from onnxprune.files import check_writable
-from onnxprune.model import open_model, save_model
-from onnxprune.quantise import NUMBERS, ORT, Numbers, as_ort, quantise
-from onnxprune.sources import load_data
+from onnxprune.evaluating.sources import load_data
+from onnxprune.exporting.quantise import NUMBERS, ORT, Numbers, as_ort, quantise
+from onnxprune.graph.files import check_writable
+from onnxprune.graph.model import open_model, save_model
 
 
 @click.command("export", short_help="Smaller numbers, or the .ort format.")

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import click
 
+from onnxprune.choosing.select import Keep
 from onnxprune.errors import UsageError
-from onnxprune.select import Keep
-from onnxprune.sources import ImageOptions
+from onnxprune.evaluating.sources import ImageOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 

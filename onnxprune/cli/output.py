@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from onnxprune.files import finite
+from onnxprune.graph.files import finite
 from onnxprune.progress import Listener
-from onnxprune.report import Report, Side
+from onnxprune.running.report import Report, Side
 
 QUIET_SECONDS = 15  # between lines when stderr is not a terminal
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import click
 from rich.table import Table
 
-from onnxprune.bench import find_providers
+from onnxprune.benchmarking.bench import find_providers
+from onnxprune.benchmarking.probe import SPEED_WIDTHS, cache_file, probe
 from onnxprune.cli.options import with_json
 from onnxprune.cli.output import print_json, say, show
-from onnxprune.probe import SPEED_WIDTHS, cache_file, probe
 
 
 @click.command("probe", short_help="Measure what widths cost on this machine.")

@@ -11,7 +11,7 @@ from rich.table import Table
 from onnxprune.api import PruneResult, prune
 from onnxprune.cli.options import KEEP_OPTION, KINDS_OPTION, LAYERS_OPTION, PROTECT_OPTION, ROUND_TO, with_json
 from onnxprune.cli.output import print_json, say, share, show
-from onnxprune.score import CRITERIA, SCOPES
+from onnxprune.scoring.score import CRITERIA, SCOPES
 
 
 @click.command("prune", short_help="One cut by weights, without data.")

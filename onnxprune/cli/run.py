@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from onnxprune.choosing.threshold import INITIAL
 from onnxprune.cli.options import (
     IMAGE_OPTIONS,
     KEEP_OPTION,
@@ -20,14 +21,13 @@ from onnxprune.cli.options import (
 )
 from onnxprune.cli.output import TerminalListener, print_json, report_tables, say, show
 from onnxprune.errors import TargetError
-from onnxprune.options import RunOptions
-from onnxprune.pipeline import run
-from onnxprune.quantise import NUMBERS
-from onnxprune.report import Report
-from onnxprune.score import CRITERIA, SCOPES
-from onnxprune.threshold import INITIAL
+from onnxprune.exporting.quantise import NUMBERS
+from onnxprune.running.options import RunOptions
+from onnxprune.running.pipeline import run
+from onnxprune.running.report import Report
+from onnxprune.running.trials import DATA_CRITERIA
+from onnxprune.scoring.score import CRITERIA, SCOPES
 from onnxprune.training.losses import DISTANCE_KINDS, KINDS
-from onnxprune.trials import DATA_CRITERIA
 
 RUN_OPTIONS = [
     click.option(

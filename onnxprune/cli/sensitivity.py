@@ -8,12 +8,12 @@ from typing import Any
 import click
 from rich.table import Table
 
+from onnxprune.choosing.sensitivity import RATIOS, SAMPLES, Sensitivity, plot, sensitivity
 from onnxprune.cli.options import IMAGE_OPTIONS, image_options, options, with_json
 from onnxprune.cli.output import TerminalListener, print_json, say, show
 from onnxprune.errors import UsageError
-from onnxprune.files import check_writable, write_json
-from onnxprune.score import CRITERIA
-from onnxprune.sensitivity import RATIOS, SAMPLES, Sensitivity, plot, sensitivity
+from onnxprune.graph.files import check_writable, write_json
+from onnxprune.scoring.score import CRITERIA
 
 
 @click.command("sensitivity", short_help="How much each group matters, measured.")

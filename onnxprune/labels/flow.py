@@ -26,8 +26,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxprune.model import constant
-from onnxprune.shapes import Shape, Shapes
+from onnxprune.graph.model import constant
+from onnxprune.graph.shapes import Shape, Shapes
 
 Vector = NDArray[np.int64] | None
 Rule = Callable[["Flow", ir.Node], None]

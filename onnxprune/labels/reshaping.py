@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxprune.graph.model import constant
 from onnxprune.labels.flow import Flow, Vector, integer, integers, rule
 from onnxprune.labels.resizing import Cut, resize
-from onnxprune.model import constant
 
 Block = tuple[list[int], list[int]]  # axes before and axes after that hold the same elements
 Pair = tuple[int, int]

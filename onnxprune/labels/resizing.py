@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxprune.graph.model import constant
+from onnxprune.graph.shapes import add_initializer
 from onnxprune.labels.flow import Vector
 from onnxprune.labels.solve import Solution
-from onnxprune.model import constant
-from onnxprune.shapes import add_initializer
 
 
 @dataclass(frozen=True)

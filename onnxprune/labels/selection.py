@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import onnx_ir as ir
 
+from onnxprune.graph.model import constant
 from onnxprune.labels.flow import Flow, Vector, given, integer, rule, text
 from onnxprune.labels.resizing import Cut, resize
-from onnxprune.model import constant
 
 
 @rule("Concat")

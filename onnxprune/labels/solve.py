@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from onnxprune.evaluate import all_shapes
+from onnxprune.evaluating.evaluate import all_shapes
+from onnxprune.graph.shapes import Shapes
 from onnxprune.labels.flow import RULES, Flow, Lock, Rectangle, Vector, operator_name
 from onnxprune.labels.locked import LOCKED
-from onnxprune.shapes import Shapes
 
 Granularity = Literal["rows", "columns", "auto"]
 

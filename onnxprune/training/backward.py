@@ -19,8 +19,8 @@ from onnx import TensorProto, helper, inliner, numpy_helper
 from onnxsim import graph_grad, qat_graph
 
 from onnxprune.errors import TrainingError
-from onnxprune.evaluate import all_shapes
-from onnxprune.shapes import SMALL
+from onnxprune.evaluating.evaluate import all_shapes
+from onnxprune.graph.shapes import SMALL
 from onnxprune.training.lowering import FLAT
 
 Rule = Callable[[Any, onnx.NodeProto, str], list[str | None]]

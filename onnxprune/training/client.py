@@ -21,12 +21,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxprune.data import Dataset, chunks, fixed_batch, model_inputs
 from onnxprune.errors import TrainingError
-from onnxprune.evaluate import predict
-from onnxprune.files import write_json
-from onnxprune.model import save_model
-from onnxprune.repair import reestimate_batch_norm
+from onnxprune.evaluating.data import Dataset, chunks, fixed_batch, model_inputs
+from onnxprune.evaluating.evaluate import predict
+from onnxprune.graph.files import write_json
+from onnxprune.graph.model import save_model
+from onnxprune.repairing.repair import reestimate_batch_norm
 from onnxprune.training.backward import gradient_model
 from onnxprune.training.batches import augment
 from onnxprune.training.forward import teacher_graph, training_graph, uses_batch_statistics

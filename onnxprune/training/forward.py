@@ -11,10 +11,10 @@ from fnmatch import fnmatchcase
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from onnxprune.data import Dataset, fixed_batch, random_inputs
 from onnxprune.errors import TrainingError
+from onnxprune.evaluating.data import Dataset, fixed_batch, random_inputs
+from onnxprune.graph.model import constant
 from onnxprune.labels.flow import operator_name
-from onnxprune.model import constant
 from onnxprune.training.backward import differentiable
 from onnxprune.training.loss_graph import add_loss, add_own_loss
 from onnxprune.training.losses import LossPlan, plan_loss

@@ -8,8 +8,8 @@ from functools import partial, reduce
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune.data import IGNORED
-from onnxprune.shapes import add_initializer
+from onnxprune.evaluating.data import IGNORED
+from onnxprune.graph.shapes import add_initializer
 from onnxprune.training.losses import LabelLoss, LossPlan, input_name
 from onnxprune.training.own_loss import graft
 

@@ -10,11 +10,11 @@ from typing import Literal, TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from onnxprune.data import Array, Dataset, class_axis, model_inputs
 from onnxprune.errors import TrainingError, UsageError
-from onnxprune.evaluate import all_shapes
+from onnxprune.evaluating.data import Array, Dataset, class_axis, model_inputs
+from onnxprune.evaluating.evaluate import all_shapes
+from onnxprune.graph.shapes import Shapes
 from onnxprune.labels.flow import integer
-from onnxprune.shapes import Shapes
 from onnxprune.training.own_loss import OwnLoss, load_own_loss
 
 LABELS = "onnxprune.labels"  # the name of their input; those of a further output have its name behind

@@ -12,10 +12,10 @@ import onnx_ir as ir
 from onnx import version_converter
 from onnx_ir.passes import common
 
-from onnxprune.data import Dataset
 from onnxprune.errors import DataError, ModelError, TrainingError, UsageError
-from onnxprune.model import open_model
-from onnxprune.sources import load_function
+from onnxprune.evaluating.data import Dataset
+from onnxprune.evaluating.sources import load_function
+from onnxprune.graph.model import open_model
 from onnxprune.training.lowering import spell_out
 
 

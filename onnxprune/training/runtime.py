@@ -22,7 +22,7 @@ import onnxruntime
 import platformdirs
 
 from onnxprune.errors import TrainingError
-from onnxprune.model import is_loadable
+from onnxprune.graph.model import is_loadable
 
 Trainer = Literal["auto", "ort", "graph", "cuda"]
 CUDA = "CUDAExecutionProvider"

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxprune.cut import cut
+from onnxprune.cutting.cut import cut
+from onnxprune.cutting.verify import mask_oracle
 from onnxprune.labels import analyse
-from onnxprune.units import find_units
-from onnxprune.verify import mask_oracle
+from onnxprune.labels.units import find_units
 from tests.graphs import random_cut, shuffled
 
 

@@ -9,7 +9,7 @@ import pytest
 from onnxprune.labels import analyse
 from onnxprune.labels.flow import RULES, Flow
 from onnxprune.labels.locked import LOCKED as LOCKED_OPERATORS
-from onnxprune.units import find_units
+from onnxprune.labels.units import find_units
 from tests.graphs import check_oracle, graph, proto
 
 # name: (units of each group, exact, graph)

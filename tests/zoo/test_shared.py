@@ -10,9 +10,9 @@ import onnx
 import pytest
 
 from onnxprune.api import prune, verify
-from onnxprune.model import open_model
-from onnxprune.plan import load_plan
-from onnxprune.verify import mask_oracle
+from onnxprune.cutting.plan import load_plan
+from onnxprune.cutting.verify import mask_oracle
+from onnxprune.graph.model import open_model
 from tests.conftest import ROOT
 
 CNNS = [

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from onnxprune.errors import TrainingError
-from onnxprune.shapes import Shapes, add_initializer, replace_node
+from onnxprune.graph.shapes import Shapes, add_initializer, replace_node
 
 Attribute = int | float | list[int]
 Lowering = Callable[["Lowerer", ir.Node], None]

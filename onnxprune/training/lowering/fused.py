@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from onnxprune.graph.shapes import replace_node
 from onnxprune.labels.flow import integer, integers, operator_name, text
-from onnxprune.shapes import replace_node
 from onnxprune.training.lowering.base import Builder, attribute, first
 
 Row = Callable[[Builder, ir.Node], ir.Value | None]

@@ -7,9 +7,9 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
+from onnxprune.graph.model import constant
 from onnxprune.labels.flow import integer
 from onnxprune.labels.recurrent import GATES
-from onnxprune.model import constant
 from onnxprune.training.lowering.base import Lowerer, lowering
 
 USUAL = {"RNN": ["Tanh"], "GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from onnxprune.graph.model import constant
 from onnxprune.labels.flow import integer, integers
-from onnxprune.model import constant
 from onnxprune.training.lowering.base import Lowerer, first, lowering
 
 

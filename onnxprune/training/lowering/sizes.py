@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from onnxprune.evaluate import all_shapes
-from onnxprune.shapes import Shapes, add_initializer
+from onnxprune.evaluating.evaluate import all_shapes
+from onnxprune.graph.shapes import Shapes, add_initializer
 
 
 def at_sizes(

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxprune.evaluate import relative_difference, run_model
+from onnxprune.evaluating.evaluate import relative_difference, run_model
+from onnxprune.graph.model import constant
 from onnxprune.labels.flow import integer, integers
-from onnxprune.model import constant
 from onnxprune.training.lowering.base import Lowerer, first, lowering
 
 Array = NDArray[np.float32]

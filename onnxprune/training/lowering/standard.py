@@ -8,7 +8,7 @@ from onnx import inliner, version_converter
 from onnx_ir.passes import common
 
 from onnxprune.errors import TrainingError
-from onnxprune.model import give_back, weights_aside
+from onnxprune.graph.model import give_back, weights_aside
 from onnxprune.training.lowering.fused import unfuse
 
 NEWEST_OPSET, NEWEST_IR = 21, 10  # what ONNX Runtime 1.19 reads

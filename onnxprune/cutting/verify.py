@@ -1,0 +1,187 @@
+"""The mask oracle: the strongest check of a cut.
+
+The uncut baseline, with every removed position of every tensor in the plan set to zero, must compute what the pruned
+model computes, to float rounding, wherever the plan is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxprune.cutting.compensate import compensate
+from onnxprune.cutting.plan import Plan
+from onnxprune.cutting.standin import needed, stand_in_session
+from onnxprune.errors import ModelError
+from onnxprune.evaluating.data import random_inputs
+from onnxprune.evaluating.evaluate import (
+    all_shapes,
+    comparable_form,
+    relative_difference,
+    run_model,
+    run_on_all,
+    tolerance,
+)
+from onnxprune.graph.shapes import add_initializer, dynamic_sizes
+from onnxprune.labels.pointwise import SUMS
+
+
+@dataclass(frozen=True)
+class OracleResult:
+    """The largest relative difference found, and whether there should be none.
+
+    `exact` says that the plan promises none. `comparable` that there should be none all the same: the means of the
+    masked model were taken over what is left. `open_nodes` are the inexact nodes for which that can't be done.
+    """
+
+    difference: float
+    exact: bool
+    open_nodes: tuple[str, ...] = ()
+
+    @property
+    def comparable(self) -> bool:
+        """Whether both models must agree."""
+        return not self.open_nodes
+
+
+def masked_model(baseline: ir.Model, plan: Plan) -> ir.Model:
+    """A copy of the baseline that sets what the plan removes to zero, tensor by tensor.
+
+    Where, not Mul: what is removed may be infinite by then (something divided by a zero), and zero times that is NaN.
+    Raises `ModelError` when the plan names a value that the baseline lacks.
+    """
+    model = baseline.clone()
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    values.update({value.name: value for value in model.graph.inputs})
+    latest: dict[str, ir.Value] = {}  # what takes the place of a value
+    for name, removals in plan.tensors.items():
+        if name not in values:
+            raise ModelError(f"the plan names {name!r}, which the baseline lacks; is it the plan of another model?")
+        value = values[name]
+        dtype = value.dtype.numpy() if value.dtype is not None else _float_type(baseline)
+        zero = add_initializer(model, f"{name}.zero", np.zeros((), dtype))
+        current, inside = value, set[ir.Node]()
+        for removal in removals:
+            keep = np.ones(removal.size, bool)
+            keep[list(removal.removed)] = False
+            shape = [1] * (_rank(value, removal.axis) - removal.axis)
+            shape[0] = removal.size
+            mask = add_initializer(model, f"{name}.mask", keep.reshape(shape))
+            current, steps = _masked(model, current, mask, zero, f"{name}.masked{removal.axis}")
+            inside.update(steps)
+        _redirect(value, current, inside)
+        latest[name] = current
+    for name, kept in plan.layers:
+        _silence(model, name, latest.get(kept, values.get(kept)), latest)
+    return model
+
+
+def _silence(model: ir.Model, name: str, kept: ir.Value | None, latest: dict[str, ir.Value]) -> None:
+    """Multiplies by zero what a dropped layer adds to the value that is `kept`, or what it makes instead of it."""
+    last = next((node for node in model.graph if node.name == name), None)
+    if last is None or kept is None:
+        raise ModelError(f"the plan drops layer {name!r}, which the baseline lacks; is it the plan of another model?")
+    output = last.outputs[0]
+    kind = output.dtype.numpy() if output.dtype is not None else _float_type(model)
+    zero = add_initializer(model, f"{name}.zero", np.zeros((), kind))
+    if last.op_type in SUMS and kept in last.inputs:  # a residual branch
+        side = 1 - list(last.inputs).index(kept)
+        silent = ir.node("Mul", [last.inputs[side], zero], name=f"{name}.silenced")
+        model.graph.insert_before(last, silent)
+        last.replace_input_with(side, silent.outputs[0])
+    else:
+        silent = ir.node("Mul", [output, zero], name=f"{name}.silenced")
+        passed = ir.node("Add", [kept, silent.outputs[0]], name=f"{name}.passed")
+        passed.outputs[0].name = passed.name
+        model.graph.insert_after(last, [silent, passed])
+        _redirect(output, passed.outputs[0], {silent})
+        latest[output.name or ""] = passed.outputs[0]
+    silent.outputs[0].name = silent.name
+
+
+def _masked(
+    model: ir.Model, value: ir.Value, mask: ir.Value, zero: ir.Value, name: str
+) -> tuple[ir.Value, list[ir.Node]]:
+    """The value where the mask is true, zero elsewhere, and the nodes that make it so.
+
+    Small integers, for which Where has no kernel, go as int32.
+    """
+    kind, steps = zero.dtype, list[ir.Node]()
+
+    def add(op: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+        node = ir.node(op, inputs, attributes, name=name if not steps else f"{name}.{len(steps)}")
+        node.outputs[0].name = node.name
+        steps.append(node)
+        return node.outputs[0]
+
+    if kind == ir.DataType.BOOL:
+        result = add("And", [mask, value])
+    elif kind is not None and kind.is_integer() and kind not in (ir.DataType.INT32, ir.DataType.INT64):
+        wide = [add("Cast", [each], to=int(ir.DataType.INT32)) for each in (value, zero)]
+        result = add("Cast", [add("Where", [mask, *wide])], to=int(kind))
+    else:
+        result = add("Where", [mask, value, zero])
+    producer = value.producer()
+    assert producer is not None
+    model.graph.insert_after(producer, steps)
+    return result, steps
+
+
+def _redirect(value: ir.Value, masked: ir.Value, inside: set[ir.Node]) -> None:
+    for node, index in list(value.uses()):
+        if node not in inside:
+            node.replace_input_with(index, masked)
+
+
+def _rank(value: ir.Value, axis: int) -> int:
+    rank = value.meta.get("rank")
+    if rank is None and value.shape is not None:
+        rank = len(value.shape)
+    return int(rank) if rank is not None else axis + 1
+
+
+def _float_type(model: ir.Model) -> np.dtype[np.generic]:
+    for value in model.graph.inputs:
+        if value.dtype is not None and value.dtype.is_floating_point():
+            return np.dtype(value.dtype.numpy())
+    return np.dtype(np.float32)
+
+
+def mask_oracle(baseline: ir.Model, pruned: ir.Model, plan: Plan, seeds: tuple[int, ...] = (0, 1, 2)) -> OracleResult:
+    """Compares the pruned model with the masked baseline on signed random inputs, one set for each seed.
+
+    Dynamic dimensions get other sizes from one seed to the next.
+    """
+    shapes = all_shapes(baseline)
+    for node in baseline.graph:
+        for value in node.outputs:
+            if (shape := shapes(value)) is not None:
+                value.meta["rank"] = len(shape)
+                if value.type is None and (kind := shapes.first.types.get(value.name or "")) is not None:
+                    value.type = ir.TensorType(ir.DataType(kind.tensor_type.elem_type))
+    masked = masked_model(baseline, plan)
+    removed, layers = dict(plan.tensors), dict(plan.layers)
+    for node in baseline.graph:
+        if node.name in layers and layers[node.name] in removed:  # the sum is what is kept, and cut as that is
+            removed[node.outputs[0].name or ""] = removed[layers[node.name]]
+    open_nodes = compensate(masked, plan.inexact_nodes, removed, shapes)
+    masked, pruned = comparable_form(masked), comparable_form(pruned)
+    inputs = [random_inputs(baseline, seed, batch=None, walk=index % 2) for index, seed in enumerate(seeds)]
+    sessions = [stand_in_session(model) if needed(masked, pruned) else None for model in (masked, pruned)]
+    pairs = zip(run_on_all(masked, inputs, sessions[0]), run_on_all(pruned, inputs, sessions[1]), strict=True)
+    return OracleResult(max((relative_difference(a, b) for a, b in pairs), default=0.0), plan.exact, tuple(open_nodes))
+
+
+def check_cut(before: ir.Model, after: ir.Model, plan: Plan) -> OracleResult:
+    """Raises `ModelError` when a cut doesn't run, or differs from the mask oracle where both must agree."""
+    if not needed(before, after):
+        run_model(after, random_inputs(after, seed=0, batch=None))  # as a user runs it, with all optimisations
+    result = mask_oracle(before, after, plan, seeds=(0, 1) if dynamic_sizes(before, 0) else (0,))
+    if result.comparable and not result.difference <= tolerance(before):
+        raise ModelError(
+            f"the cut model differs from the masked one by {result.difference:.1e}, which is a fault of onnxprune: "
+            "nothing was written; please report the model"
+        )
+    return result

@@ -1,0 +1,1 @@
+"""Samples, metrics, and a model against the uncut one."""

@@ -1,0 +1,1 @@
+"""ONNX files as graphs: opening, saving, running, shapes."""

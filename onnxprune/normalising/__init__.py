@@ -1,0 +1,1 @@
+"""Any model in one form that the analysis reads, checked to compute the same."""

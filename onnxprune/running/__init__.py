@@ -1,0 +1,1 @@
+"""The round loop: what a run is asked, tries, decides, keeps and reports."""

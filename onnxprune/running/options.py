@@ -1,0 +1,119 @@
+"""What a run is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from onnxprune.choosing.select import Keep
+from onnxprune.choosing.threshold import INITIAL, Schedule
+from onnxprune.errors import UsageError
+from onnxprune.exporting.quantise import Numbers
+from onnxprune.labels.solve import Granularity
+from onnxprune.scoring.score import Scope
+from onnxprune.training.losses import Loss
+from onnxprune.training.runtime import Trainer
+
+Controller = Literal["bisect", "published"]
+RESOURCES = ("macs", "params", "size", "latency")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Everything that decides a run's result besides the model and the data.
+
+    Targets are shares that may remain (0.5 = half); `max_drop` is in points of the metric; `round_to` None is
+    automatic, `rounds`, `layers`, `epochs` and `lr` None are chosen by the run; `prior` is what `sensitivity` wrote.
+    `minutes` end the fine-tuning of all rounds together, `sparsify` is epochs before each cut in which what goes fades.
+    `memory` bounds, in MB, what repair holds beside models and runtime; None is 2048. `quantize` makes the numbers of
+    the result smaller, unless that costs more than may be lost.
+    Raises `UsageError` for values out of range.
+    """
+
+    target_macs: float | None = None
+    target_params: float | None = None
+    target_size: float | None = None
+    target_latency: float | None = None
+    max_drop: float | None = None
+    rounds: int | None = None
+    epochs: int | None = None
+    minutes: float | None = None
+    sparsify: int = 0
+    lr: float | None = None
+    criterion: str = "l2"
+    scope: Scope | Literal["auto"] = "auto"
+    granularity: Granularity = "auto"
+    kinds: tuple[str, ...] = ()
+    protect: tuple[str, ...] = ()
+    keep: tuple[Keep, ...] = ()
+    layers: int | Literal["auto"] | None = None
+    prior: str | None = None
+    round_to: int | None = None
+    metric: str | None = None
+    controller: Controller = "bisect"
+    initial_tau: str = "deviation"
+    alpha: float = 0.9
+    schedule: Schedule = "even"
+    providers: tuple[str, ...] = ("cpu",)
+    threads: int | None = None
+    memory: int | None = None
+    seed: int = 0
+    trainer: Trainer = "auto"
+    loss: str | tuple[str, ...] = ()
+    ignore_index: int | None = None
+    distil: tuple[str, ...] = ()
+    distillation: float = 0.8
+    temperature: float = 2.0
+    smoothing: float = 0.0
+    features: float = 1.0
+    mix: float = 0.0
+    ema: float = 0.0
+    stop_after: int | None = None
+    freeze: tuple[str, ...] = ()
+    batch_statistics: bool = False
+    batch: int = 64
+    bench_seconds: float = 4.0
+    quantize: Numbers | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.targets.items():
+            if not 0 < value < 1:
+                raise UsageError(f"--target-{name} {value:g}: give the share that may remain, between 0 and 1")
+        if self.max_drop is not None and not self.max_drop >= 0:
+            raise UsageError(f"--max-drop {self.max_drop:g}: give the points that may be lost, 0 or more")
+        for name in ("rounds", "round_to", "threads", "batch", "memory", "stop_after"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {number}: give 1 or more")
+        for name in ("epochs", "sparsify"):
+            if (number := getattr(self, name)) is not None and number < 0:
+                raise UsageError(f"--{name} {number}: give 0 or more")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UsageError(f"--minutes {self.minutes:g}: give more than 0")
+        if self.minutes is not None and self.epochs == 0:
+            raise UsageError("--minutes are for fine-tuning, which --epochs 0 turns off: give one of them")
+        if self.initial_tau not in INITIAL:
+            raise UsageError(f"--initial-tau {self.initial_tau}: no such rule; known: {', '.join(INITIAL)}")
+        if not 0 <= self.alpha < 1:
+            raise UsageError(f"--alpha {self.alpha:g}: give a decay of at least 0 and below 1")
+        for name in ("distillation", "smoothing", "ema"):
+            if not 0 <= (share := getattr(self, name)) <= 1 - (name == "ema") * 1e-6:
+                raise UsageError(f"--{name} {share:g}: give a share of 0 or more, and below 1")
+        for name in ("features", "mix"):
+            if not (number := getattr(self, name)) >= 0:
+                raise UsageError(f"--{name} {number:g}: give 0 or more")
+        if not self.temperature > 0:
+            raise UsageError(f"--temperature {self.temperature:g}: give more than 0")
+        if self.lr is not None and not self.lr > 0:
+            raise UsageError(f"--lr {self.lr:g}: give a learning rate above 0")
+
+    @property
+    def loss_options(self) -> Loss:
+        """What is asked of the loss."""
+        labels = (self.loss,) if isinstance(self.loss, str) else self.loss
+        return Loss(labels, self.distil, self.distillation, self.temperature, self.smoothing, self.features, self.mix)
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """The shares asked for, by resource."""
+        given = {name: getattr(self, f"target_{name}") for name in RESOURCES}
+        return {name: value for name, value in given.items() if value is not None}

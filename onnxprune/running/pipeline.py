@@ -1,0 +1,437 @@
+"""The round loop: load, normalise, analyse, score, threshold, cut, repair, fine-tune, evaluate, accept or roll back.
+
+Every step that takes long leaves its result in the run folder, and every decision is a pure function of those results.
+Resuming is running again: what is there isn't computed twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxprune.benchmarking.bench import bench_models, find_providers, model_bytes
+from onnxprune.choosing.select import survivors
+from onnxprune.cutting.cut import cut
+from onnxprune.cutting.plan import load_plan
+from onnxprune.cutting.verify import check_cut
+from onnxprune.errors import TrainingError, UsageError
+from onnxprune.evaluating.data import Dataset, random_dataset
+from onnxprune.evaluating.evaluate import find_metric
+from onnxprune.evaluating.judge import Judge, Verdict
+from onnxprune.evaluating.sources import ImageOptions, as_dataset
+from onnxprune.exporting.finalise import finalise
+from onnxprune.exporting.quantise import Numbers, quantise
+from onnxprune.graph.files import check_writable, sha256, write_json
+from onnxprune.graph.model import open_model, save_model
+from onnxprune.labels import analyse
+from onnxprune.labels.units import Units, fading_parts, find_units, granularity_for, prunable
+from onnxprune.normalising.normalise import normalise
+from onnxprune.progress import Listener
+from onnxprune.running.context import Context, Proposal, Record, State, costs_of
+from onnxprune.running.options import RunOptions
+from onnxprune.running.proposals import propose, rounding_of
+from onnxprune.running.report import Report, Side, latency_sides, versions, widths
+from onnxprune.running.trials import AUTO, LINED_UP_BY, contest, scored, without_layers
+from onnxprune.running.workspace import configuration, open_workspace
+from onnxprune.scoring.cost import Alive
+from onnxprune.scoring.lineup import line_up
+from onnxprune.scoring.score import CRITERIA
+from onnxprune.training import TrainingOptions, choose_trainer, fine_tune, prepare_trainer
+from onnxprune.training.losses import plan_loss
+from onnxprune.training.synthesise import noise_dataset, synthetic_dataset
+from onnxprune.training.worker import write_arrays
+
+HELD_BACK = 0.2  # share of the samples for decisions, when no evaluation data is given, but at most
+MOST_HELD, MOST_MEASURED = 5000, 1000  # where the drop decides, and where it is only measured
+
+OVER = 1.05  # times the time asked that still counts as met
+
+Data = str | Sequence[str] | Mapping[str, NDArray[Any]]
+
+
+def run(
+    model: str | os.PathLike[str],
+    data: Data | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    eval_data: Data | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    images: ImageOptions | None = None,
+    options: RunOptions | None = None,
+    listener: Listener | None = None,
+) -> Report:
+    """Prunes, repairs, fine-tunes, checks and benchmarks a model, and writes the result to `output`.
+
+    `data` and `eval_data` are paths, `module:function`, or dicts of arrays (see `load_data`). The best accepted model
+    is written even when the targets aren't met: `Report.met` tells. Raises a subclass of `OnnxPruneError` for a model,
+    data or options that can't be used; `KeyboardInterrupt` leaves the best accepted model at `output`.
+    """
+    options, listener = options or RunOptions(), listener or Listener()
+    source = Path(model)
+    target = Path(output) if output is not None else source.with_suffix(".pruned.onnx")
+    check_writable(target)
+    if target.exists() and source.exists() and target.samefile(source):
+        raise UsageError(f"the output {target} is the input; choose another -o")
+    find_providers(options.providers)
+    folder = Path(run_dir) if run_dir is not None else target.with_suffix(".onnxprune")
+    notes: list[str] = []
+    listener.stage("opening and normalising the model")
+    baseline = normalise(open_model(source))
+    units = prunable(baseline, str(source), options.granularity, options.kinds, options.protect)
+    moved = line_up(units, options.criterion if options.criterion in CRITERIA else LINED_UP_BY, options.seed)
+    if options.quantize == "int8" and data is None:
+        raise UsageError("--quantize int8 takes ranges from data: give --data, or use --quantize dynamic")
+    train, evaluation = _load(baseline, data, eval_data, images, options, notes)
+    if train is not None and options.epochs != 0:
+        plan_loss(baseline, train, options.loss_options)  # refuses a loss that the labels don't fit, before any work
+    open_workspace(folder, configuration(source, train, evaluation, options), resume)
+    if not (folder / "baseline.onnx").exists():
+        save_model(baseline, folder / "baseline.onnx")
+    calibration = train
+    if train is None and (made := _made_up(baseline, units, folder / "inputs.npz", options, listener, notes)):
+        calibration, held = made.split(HELD_BACK, options.seed)
+        evaluation = held if eval_data is None else evaluation
+    for note in notes:
+        listener.note(note)
+    metric = find_metric(options.metric, evaluation)
+    judge = Judge(baseline, evaluation, metric, options.threads, bool(data or eval_data), apart=eval_data is not None)
+    return Run(
+        source, target, folder, baseline, moved, units, train, calibration, judge, options, listener, notes
+    ).execute()
+
+
+def _load(
+    model: ir.Model,
+    data: Data | None,
+    eval_data: Data | None,
+    images: ImageOptions | None,
+    options: RunOptions,
+    notes: list[str],
+) -> tuple[Dataset | None, Dataset]:
+    """Training data, if any, and evaluation data: what is given, a part held back, or random inputs."""
+    train, evaluation = (
+        None if given is None else as_dataset(given, model, images, options.ignore_index).shuffled(options.seed)
+        for given in (data, eval_data)
+    )
+    if evaluation is not None:
+        return train, evaluation
+    if train is None:
+        if options.max_drop is not None or options.metric is not None:
+            raise UsageError("--max-drop and --metric need data to measure on: give --data")
+        if options.sparsify or options.minutes is not None:
+            raise UsageError("--sparsify and --minutes are for fine-tuning, which needs data: give --data")
+        if options.criterion == AUTO:
+            raise UsageError("--criterion auto tries several on data: give --data, or name one")
+        notes.append("no data: scored by weights alone; accuracy was not measured")
+        return None, random_dataset(model, 64, options.seed)
+    most = MOST_MEASURED if options.targets and options.max_drop is None else MOST_HELD
+    train, evaluation = train.split(min(HELD_BACK, most / max(len(train), 1)), options.seed)
+    notes.append(
+        f"no --eval-data: {len(evaluation)} samples of --data are held back from training for decisions; if the model "
+        "was trained on them, it remembers them, and drops look larger than they are on new data"
+    )
+    return train, evaluation
+
+
+def _made_up(
+    baseline: ir.Model, units: Units, path: Path, options: RunOptions, listener: Listener, notes: list[str]
+) -> Dataset | None:
+    """Inputs made from the model's own statistics, kept in `path`; noise where there are none.
+
+    None for models that read anything but floats, of which noise says nothing.
+    """
+    macs = costs_of(units)["macs"]
+    if not path.exists():
+        threads, found = options.threads or os.cpu_count() or 1, None
+        show = partial(listener.progress, "making inputs from batch-normalisation statistics")
+        try:
+            found = synthetic_dataset(baseline, macs, options.seed, threads, show)
+        except TrainingError as error:
+            notes.append(f"no inputs could be made from batch-normalisation statistics: {error}")
+        write_arrays(path, found.inputs if found is not None else {})
+    with np.load(path) as arrays:
+        if arrays.files:
+            notes.append(
+                "layers were fitted, and fidelity measured, on inputs made from batch-normalisation statistics"
+            )
+            return Dataset(dict(arrays), None)
+    noise = noise_dataset(baseline, macs, options.seed)
+    notes.append(
+        "nothing was fitted, and fidelity is on random inputs"
+        if noise is None
+        else "layers fitted, and fidelity measured, on noise; a few samples of the data, without labels, do better"
+    )
+    return noise
+
+
+@dataclass(frozen=True)
+class Run(Context):
+    """The rounds of a run."""
+
+    # ---- the loop
+
+    def execute(self) -> Report:
+        """Runs all rounds, finalises, benchmarks and reports."""
+        started = time.monotonic()
+        state, records, failure = without_layers(self), list[Record](), None
+        if self.epochs or self.options.sparsify:
+            prepare_trainer(self.trainer, self.listener.note)  # before any work: it may not be had here
+        self.listener.stage("measuring the uncut model")
+        try:
+            while (proposal := propose(self, state, records)) is not None:
+                try:
+                    record, state = self._round(len(records) + 1, state, proposal)
+                except TrainingError as error:
+                    failure, record = error, failed_record(proposal, error)
+                    self.note(f"round {len(records) + 1} ended: {error}")
+                records.append(record)
+        except KeyboardInterrupt:
+            self._write(state)
+            self.listener.note(f"interrupted: the best accepted model is in {self.output}; --resume goes on from here")
+            raise
+        if failure is not None and not any(record["accepted"] for record in records):
+            raise failure
+        return self._report(state, records, started)
+
+    # ---- one round
+
+    def _round(self, number: int, state: State, proposal: Proposal) -> tuple[Record, State]:
+        """Cuts, repairs, fine-tunes and evaluates; the record, and what is accepted after it."""
+        folder = self.round_folder(number)
+        done = folder / "round.json"
+        if not done.exists():
+            record, candidate = self._attempt(number, folder, state, proposal)
+            save_model(candidate.model, folder / "candidate.onnx")
+            write_json(folder / "plan.json", candidate.plan.to_json(sha256(self.folder / "baseline.onnx")))
+            write_json(done, record)  # last: its presence says that the round is complete
+        for each in (*folder.glob("tune-*"), folder / "sparsify"):
+            shutil.rmtree(each, ignore_errors=True)
+        record = json.loads(done.read_text())
+        self.listener.note(
+            f"round {number}: {100 * record['macs_share']:.0f} % of the MACs left, {self.judge.metric.name} "
+            f"{record['metric']:.2f} ({-record['drop']:+.2f} ± {record['drop_error']:.2f}): "
+            f"{'kept' if record['accepted'] else 'rolled back'}"
+        )
+        if not record["accepted"]:
+            return record, state
+        tuned = state.tuned or record["tuned"]
+        return record, State(open_model(folder / "candidate.onnx"), load_plan(folder / "plan.json"), tuned)
+
+    def _attempt(self, number: int, folder: Path, state: State, proposal: Proposal) -> tuple[Record, State]:
+        started = time.monotonic()
+        units, scores, _ = scored(self, state.model)
+        alive = survivors(units, scores, proposal["tau"], rounding_of(self, proposal))
+        costs = costs_of(units, alive, self.target)
+        self.listener.stage(f"round {number}: cutting")
+        if self.options.sparsify:
+            state = self._sparsified(number, folder, state, units, alive)
+            units = find_units(analyse(state.model, granularity_for(self.options.granularity, self.options.kinds)))
+        model, step = cut(units, alive)
+        check_cut(state.model, model, step)
+        self.repair(model, state, step, partial(self.listener.progress, f"round {number}: repairing"), self.note)
+        repaired, epochs = self.judge.measure(model), 0
+        verdict = repaired
+        if self.epochs:
+            tuned, after, epochs = self._tuned(number, folder, model)
+            if self._better(after, repaired):
+                model, verdict = tuned, after
+            else:
+                self.note(f"round {number}: fine-tuning lost {after.drop - repaired.drop:.2f} points and was undone")
+        record = {
+            "round": number,
+            "tau": proposal["tau"],
+            "progress": self._progress(costs, proposal),
+            "macs_share": costs["macs"] / max(self.base_costs["macs"], 1),
+            **costs,
+            "metric_before_tuning": repaired.value,
+            "drop_before_tuning": repaired.drop,
+            "metric": verdict.value,
+            "drop": verdict.drop,
+            "loss": verdict.loss,
+            "epochs": epochs,
+            "trainer": choose_trainer(self.trainer) if self.epochs else None,
+            "tuned": bool(self.epochs) and verdict is not repaired,
+            "drop_error": verdict.error,
+            "drop_counted": verdict.most,
+            "accepted": self.allowed is None or verdict.most <= self.allowed,
+            "widths": {group.name: int(alive[group.units].sum()) * group.repeats for group in units.groups},
+            "seconds": time.monotonic() - started,
+        }
+        return record, State(model, state.plan.then(step))
+
+    def _better(self, tuned: Verdict, repaired: Verdict) -> bool:
+        """Whether fine-tuning is kept.
+
+        What was held back from `--data` may have been learned by heart by the uncut model, and what is left of that in
+        the repaired one counts for it there and nowhere else: then fine-tuning is undone only if it costs the round.
+        """
+        if self.judge.apart:
+            return (tuned.drop, tuned.loss) <= (repaired.drop, repaired.loss)
+        return self.allowed is None or tuned.most <= self.allowed or repaired.most > self.allowed
+
+    def _tuned(self, number: int, folder: Path, model: ir.Model) -> tuple[ir.Model, Verdict, int]:
+        """A fine-tuned copy, the verdict on it, and its epochs.
+
+        Where more than is allowed was lost, but by less than its error, it is worth as many epochs again, unless the
+        user has said how many.
+        """
+        tuned, chosen = model.clone(), (self.options.epochs, self.options.minutes) != (None, None)
+        for epochs in (self.epochs, 2 * self.epochs):
+            self._tune(number, folder / f"tune-{epochs}", tuned, self.epochs, self.seconds)
+            verdict = self.judge.measure(tuned)
+            almost = self.allowed is not None and verdict.drop - verdict.error <= self.allowed < verdict.most
+            if chosen or not almost or epochs > self.epochs:
+                break
+            self.listener.note(f"round {number}: {verdict.drop:.2f} ± {verdict.error:.2f} lost: tuning as long again")
+        return tuned, verdict, epochs
+
+    def _sparsified(self, number: int, folder: Path, state: State, units: Units, alive: Alive) -> State:
+        """The same model, fine-tuned while what is about to be cut fades."""
+        model = state.model.clone()
+        self._tune(number, folder / "sparsify", model, self.options.sparsify, None, fading_parts(units, alive))
+        return State(model, state.plan, tuned=True)
+
+    def _tune(
+        self,
+        number: int,
+        folder: Path,
+        model: ir.Model,
+        epochs: int,
+        seconds: float | None,
+        fading: dict[str, NDArray[np.bool_]] | None = None,
+    ) -> None:
+        assert self.train is not None
+        what = f"round {number}: {'making sparse' if fading else 'fine-tuning'}"
+        options = TrainingOptions(
+            trainer=self.trainer,
+            epochs=epochs,
+            seconds=seconds,
+            lr=self.options.lr,
+            batch=self.options.batch,
+            loss=self.options.loss_options,
+            ema=self.options.ema,
+            stop_after=self.options.stop_after,
+            freeze=self.options.freeze,
+            batch_statistics=self.options.batch_statistics,
+            threads=self.options.threads or os.cpu_count() or 1,
+            seed=self.options.seed + number,
+        )
+
+        def show(event: dict[str, Any]) -> None:
+            if event["event"] == "note":
+                self.listener.note(event["message"])
+                return
+            accuracy = f", accuracy {100 * event['accuracy']:.0f} %" if event["accuracy"] is not None else ""
+            where = f"{what}, epoch {event['epoch']}" + ("" if seconds else f"/{epochs}")
+            done, whole = (event["step"], event["total"]) if not seconds else (round(1000 * event["progress"]), 1000)
+            self.listener.progress(f"{where}, loss {event['loss']:.3f}{accuracy}", done, whole)
+
+        self.listener.stage(f"{what}, preparing")
+        fine_tune(model, self.baseline, self.train, folder, options, self.augmentation, show, fading)
+
+    def _progress(self, costs: dict[str, int], proposal: Proposal) -> float:
+        """How far costs are on the way to the targets: 1 when all are met, on a logarithmic scale.
+
+        Time was measured when the cut was chosen; that it is as far as was aimed for is taken from there.
+        """
+        done = [
+            proposal["progress"]
+            if name == "latency"
+            else np.log(max(costs[name], 1) / self.base_costs[name]) / np.log(target)
+            for name, target in self.targets.items()
+        ]
+        return float(np.clip(min(done, default=0.0), 0, 1))
+
+    # ---- the end
+
+    def _write(self, state: State) -> None:
+        """Writes the accepted model and its plan, to the run folder and to the output."""
+        save_model(finalise(state.model), self.folder / "pruned.onnx")
+        write_json(self.folder / "plan.json", state.plan.to_json(sha256(self.folder / "baseline.onnx")))
+        save_model(open_model(self.folder / "pruned.onnx"), self.output)
+
+    def _quantise(self, numbers: Numbers) -> None:
+        """Makes the numbers of the result smaller, unless that costs more points than may be lost."""
+        place = self.folder / "quantised.onnx"
+        quantise(self.folder / "pruned.onnx", place, numbers, self.train)
+        verdict = self.judge.measure(open_model(place))
+        if self.allowed is not None and verdict.drop > self.allowed:
+            self.note(f"with {numbers} numbers {verdict.drop:.2f} points are lost: left as they were; see {place}")
+            return
+        save_model(open_model(place), self.output)
+
+    def _report(self, state: State, records: list[Record], started: float) -> Report:
+        self.listener.stage("saving and checking the result")
+        self._write(state)
+        if self.options.quantize is not None:
+            self._quantise(self.options.quantize)
+        self.listener.stage("benchmarking before against after")
+        paths = (self.source, self.output)
+        results = bench_models(paths, self.options.providers, self.options.threads, seconds=self.options.bench_seconds)
+        latencies, memory, speedup = latency_sides(results)
+        costs = costs_of(find_units(analyse(state.model)))
+        verdicts = [self.judge.measure(open_model(path)) for path in paths]
+        before, after = map(self._side, paths, (self.base_costs, costs), verdicts, latencies, memory)
+        report = Report(
+            baseline=before,
+            pruned=after,
+            rounds=tuple(records),
+            widths=widths(self.baseline, state.model),
+            target=self._verdict(costs, 1 / results[1].against_first.speedup, verdicts[1].drop - verdicts[0].drop),
+            speedup=speedup,
+            notes=tuple(self.notes),
+            contest=contest(self),
+            run_dir=str(self.folder),
+            options=asdict(self.options),
+            versions=versions(),
+            model_sha256=sha256(self.source),
+            seconds=time.monotonic() - started,
+        )
+        write_json(self.folder / "report.json", report.to_json())
+        return report
+
+    def _side(
+        self,
+        path: Path,
+        costs: dict[str, int],
+        verdict: Verdict,
+        latency: dict[str, dict[str, float]],
+        memory: dict[str, int],
+    ) -> Side:
+        metric = {"name": self.judge.metric.name, "value": verdict.value} if self.judge.measured else None
+        fidelity = {"cosine": verdict.cosine}
+        return Side(str(path), costs["macs"], costs["params"], model_bytes(path), metric, fidelity, latency, memory)
+
+    def _verdict(self, costs: dict[str, int], time: float, drop: float) -> dict[str, Any]:
+        """What was asked, what was reached, and whether that is enough; time, which varies, may be 5 % over."""
+        reached = {name: cost / max(self.base_costs[name], 1) for name, cost in costs.items()} | {"latency": time}
+        asked = {name: {"asked": share, "reached": reached[name]} for name, share in self.targets.items()}
+        met = all(
+            entry["reached"] <= entry["asked"] * (OVER if name == "latency" else 1) for name, entry in asked.items()
+        )
+        if self.allowed is not None:
+            met = met and drop <= self.allowed + 1e-9 and (bool(asked) or costs["macs"] < self.base_costs["macs"])
+        return {
+            "resources": asked,
+            "max_drop": self.allowed,
+            "drop": drop if self.judge.measured else None,
+            "met": bool(met),
+        }
+
+
+def failed_record(proposal: Proposal, error: TrainingError) -> Record:
+    """The record of a round whose training failed: nothing of it is kept."""
+    nothing = {"drop": None, "drop_counted": None, "loss": None, "metric": None, "macs_share": None, "accepted": False}
+    return {"tau": proposal["tau"], "progress": proposal.get("progress", 0.0), **nothing, "error": str(error)}

@@ -1,0 +1,160 @@
+"""The cut that a round tries: a threshold by what is asked, and by what earlier rounds cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import takewhile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.benchmarking.bench import find_providers
+from onnxprune.benchmarking.latency import CORRECTIONS, correct, time_share
+from onnxprune.choosing.select import Rounding, above_all, survivors, tau_for
+from onnxprune.choosing.threshold import (
+    EVALUATIONS,
+    LEAST_GAIN,
+    PATIENCE,
+    Outcome,
+    bisect_tau,
+    initial_tau,
+    next_progress,
+    published_tau,
+    reach,
+)
+from onnxprune.cutting.cut import cut
+from onnxprune.graph.files import memoised
+from onnxprune.labels.units import Units
+from onnxprune.running.context import ROUNDS, Context, Proposal, Record, State
+from onnxprune.running.trials import PROBE_SAMPLES, scored
+from onnxprune.scoring.cost import Cost
+
+MEASURED = ("drop_counted", "loss", "drop_before_tuning")
+
+
+def propose(run: Context, state: State, records: list[Record]) -> Proposal | None:
+    """The cut that the next round tries, from what the last ones cost; None when the run is done."""
+    history = [outcome_of(record) for record in records]
+    if run.targets:
+        aim = next_progress(run.options.rounds or 1, history, run.options.schedule)
+        if aim is None:
+            return None
+        compute = lambda: _cut_to(run, state, aim)  # noqa: E731
+    else:
+        failures = sum(not outcome.accepted for outcome in history)
+        if len(history) >= (run.options.rounds or ROUNDS) or failures > PATIENCE:
+            return None
+        compute = lambda: _cut_within(run, state, records)  # noqa: E731
+    found: Proposal = memoised(run.round_folder(len(records) + 1) / "proposal.json", compute)
+    return found if found["tau"] is not None else None
+
+
+def _cut_to(run: Context, state: State, aim: float) -> Proposal:
+    """The lowest threshold that brings every targeted resource `aim` of the way to its share."""
+    run.listener.stage("choosing a threshold")
+    units, scores, rounding = scored(run, state.model)
+    shares = {name: target**aim for name, target in run.targets.items()}
+    measures = Cost(units, run.target).measures
+
+    def cut_to(wanted: Mapping[str, float]) -> Proposal | None:
+        limits = {name: share * run.base_costs[name] for name, share in wanted.items()}
+        for attempt in (rounding, Rounding(1)):  # where whole blocks can't meet the target, ragged widths may
+            chosen = tau_for(units, scores, attempt, lambda a: all(measures[n](a) <= limits[n] for n in limits))
+            if chosen is not None:
+                return {"tau": chosen[0], "round_to": attempt.multiple, "progress": aim}
+        return None
+
+    found = cut_to(shares) if "latency" not in shares else _cut_to_time(run, units, scores, shares, cut_to)
+    if found is not None:
+        return found
+    run.note("the target is out of reach: cut as far as every layer keeps one channel")
+    return {"tau": above_all(scores), "round_to": 1, "progress": 1.0}
+
+
+def _cut_to_time(
+    run: Context,
+    units: Units,
+    scores: NDArray[np.float64],
+    shares: Mapping[str, float],
+    cut_to: Callable[[Mapping[str, float]], Proposal | None],
+) -> Proposal | None:
+    """The cut whose measured time is nearest below its share of the uncut model's."""
+    provider, proposals = find_providers(run.options.providers)[0], dict[float, Proposal]()
+    narrowest = survivors(units, scores, above_all(scores), Rounding(1))
+    least = Cost(units, run.target).nanoseconds(narrowest) / run.base_costs["latency"]
+
+    def cut_at(way: float) -> tuple[float, float] | None:
+        proposal = cut_to({**shares, "latency": least + way * (1 - least)})
+        if proposal is None:
+            return None
+        alive = survivors(units, scores, proposal["tau"], rounding_of(run, proposal))
+        share = time_share(run.source, cut(units, alive)[0], provider, run.options.threads)
+        run.listener.progress(f"measuring a cut: {100 * share:.1f} % of the time", len(proposals) + 1, CORRECTIONS)
+        proposals[proposal["tau"]] = proposal
+        return proposal["tau"], share
+
+    chosen = correct(shares["latency"], cut_at)
+    return None if chosen is None else {**proposals[chosen[0]], "latency": chosen[1]}
+
+
+def rounding_of(run: Context, proposal: Proposal) -> Rounding:
+    return Rounding(proposal["round_to"], run.rounding.block)
+
+
+def _cut_within(run: Context, state: State, records: list[Record]) -> Proposal:
+    """A threshold whose cut costs no more, after repair, than fine-tuning can be hoped to win back.
+
+    It goes at most half of the way, by the logarithm of the MACs, to a cut of the same model that was rolled back, or
+    where nothing lies in between as little further as can be.
+    """
+    units, scores, rounding = scored(run, state.model)
+    history, allowed = [outcome_of(record) for record in records], run.allowed or 0.0
+    if run.options.controller == "published":
+        last = history[-1] if history else None
+        moved = initial_tau(scores, run.options.initial_tau) if last is None else _moved(run, last)
+        return {"tau": moved * 0.5 ** sum(not o.accepted for o in history), "round_to": rounding.multiple}
+    tried = 0
+
+    def drop_at(tau: float) -> float:
+        nonlocal tried
+        tried += 1
+        run.listener.progress("choosing a threshold", tried, EVALUATIONS)
+        alive = survivors(units, scores, tau, rounding)
+        if macs(alive) < fewest:
+            return float("inf")
+        model, step = cut(units, alive)
+        run.repair(model, state, step)
+        verdict = run.judge.measure(model, PROBE_SAMPLES)
+        return verdict.drop if tuned else verdict.most  # of luck the round decides, once it is tuned
+
+    ending = len(history) + 1 >= (run.options.rounds or ROUNDS) or len(history) >= PATIENCE
+    tuned = run.epochs > 0 and not (ending and not any(outcome.accepted for outcome in history))
+    macs = Cost(units).macs
+    whole = macs(np.ones(units.count, bool))
+    most, failed = whole * (1 - LEAST_GAIN), _rolled_back(run, records)
+    fewest = math.sqrt(whole * failed)
+    tau = bisect_tau(scores, drop_at, reach(history, allowed, tuned))
+    if tau is not None and macs(survivors(units, scores, tau, rounding)) > most:
+        tau = None  # too little goes to be worth a round
+    if tau is None and tuned:  # fine-tuning may win back even more: the least cut is tried
+        least = tau_for(units, scores, rounding, lambda alive: macs(alive) <= most)
+        tau = least[0] if least and macs(least[1]) > failed else None
+    return {"tau": tau, "round_to": rounding.multiple}
+
+
+def _rolled_back(run: Context, records: list[Record]) -> float:
+    """The most MACs of a cut that was rolled back since the last one was accepted."""
+    since = takewhile(lambda record: not record["accepted"], reversed(records))
+    return max((record["macs_share"] for record in since), default=0.0) * run.base_costs["macs"]
+
+
+def _moved(run: Context, last: Outcome) -> float:
+    return published_tau(last.tau, last.loss, run.allowed or 0.0, run.options.alpha)
+
+
+def outcome_of(record: Record) -> Outcome:
+    """What the controllers learn from a round; what couldn't be measured counts as infinitely bad."""
+    worst = {name: float("inf") if record.get(name) is None else record[name] for name in MEASURED}
+    drop, loss, before = worst.values()
+    return Outcome(record["tau"], drop, loss, record["accepted"], record["progress"], before)

@@ -1,0 +1,1 @@
+"""How important a unit is, what it costs, and which columns go together."""
