@@ -136,6 +136,25 @@ def test_a_failing_round_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert json.loads((tmp_path / "out.onnxprune" / "report.json").read_text())["rounds"][1]["drop"] is None
 
 
+@pytest.mark.parametrize("controller", ["bisect", "published"])
+def test_a_failing_round_is_followed_by_a_lesser_cut(
+    controller: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fail_at_first(*arguments: Any, **named: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise TrainingError("training failed (memory): out of memory")
+
+    monkeypatch.setattr(pipeline, "fine_tune", fail_at_first)
+    monkeypatch.setattr(pipeline, "prepare_trainer", lambda trainer, say: None)
+    report = run(tmp_path, max_drop=3.0, epochs=1, controller=controller)
+    failed, following = report.rounds[:2]
+    assert "out of memory" in failed["error"] and following["tau"] < failed["tau"]
+    assert report.met and report.pruned.macs < report.baseline.macs
+
+
 @needs_training
 def test_a_worker_out_of_memory_costs_no_accepted_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second round on workers may map 1 MB: they fail by themselves; the run ends with the first's model."""

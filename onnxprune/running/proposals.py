@@ -144,12 +144,14 @@ def _cut_within(run: Context, state: State, records: list[Record]) -> Proposal:
 
 
 def _rolled_back(run: Context, records: list[Record]) -> float:
-    """The most MACs of a cut that was rolled back since the last one was accepted."""
+    """The most MACs of a cut that was rolled back since the last one was accepted, of those that were measured."""
     since = takewhile(lambda record: not record["accepted"], reversed(records))
-    return max((record["macs_share"] for record in since), default=0.0) * run.base_costs["macs"]
+    return max((record["macs_share"] or 0.0 for record in since), default=0.0) * run.base_costs["macs"]
 
 
 def _moved(run: Context, last: Outcome) -> float:
+    if not math.isfinite(last.loss):  # of a round whose training failed
+        return last.tau
     return published_tau(last.tau, last.loss, run.allowed or 0.0, run.options.alpha)
 
 
