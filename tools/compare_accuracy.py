@@ -8,7 +8,8 @@ by group L2 over all layers, batch normalisation re-estimated on the same images
 has no seed. With --epochs both are trained on TRAIN with AdamW and the same schedule (onnxprune as by default: it
 distils, keeps batch normalisation's statistics, takes steps in proportion, at --lr or a rate by the number of matrices,
 and goes without what it holds back of TRAIN; Torch-Pruning at --peer-lr). What is written is accuracy on TEST in
-onnxruntime: JSON, a table, and a plot where matplotlib is installed.
+onnxruntime: JSON (-o), a table, and a plot where matplotlib is installed. What the file holds of other shares, seeds
+and stages stays in it, so that they may be measured in several runs.
 """
 
 from __future__ import annotations
@@ -83,11 +84,12 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     augmentation = choose_augmentation(model, train, None) if given.epochs else {}
     np.save(folder / "images.npy", next(iter(train.inputs.values())))
     np.save(folder / "labels.npy", train.labels if train.labels is not None else np.zeros(0))
-    found: dict[tuple[float, str], list[tuple[float, float]]] = defaultdict(list)
+    result = {"model": Path(given.model).name, "uncut": uncut, "test": len(test), "samples": given.samples}
+    rows: list[dict[str, Any]] = []
 
-    def note(share: float, name: str, path: Path) -> None:
+    def note(share: float, seed: int, name: str, path: Path) -> None:
         accuracy, macs = measure(path, test)
-        found[share, name].append((accuracy, macs / whole))
+        rows.append({"macs": share, "name": name, "seed": seed, "top1": accuracy, "reached": macs / whole})
         print(f"{share:.2f} {name}: {accuracy:.2f} at {macs / whole:.3f}", flush=True)
 
     for share in given.macs:
@@ -106,11 +108,11 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 path = out.with_name(f"{out.name}{epochs}.onnx")
                 held = None if epochs else arrays(few)  # all of the few are for calibration
                 onnxprune.run(given.model, arrays(data), output=path, eval_data=held, options=options)
-                note(share, name, path)
+                note(share, seed, name, path)
             if seed == given.seeds[0]:
                 path = out.with_suffix(".onnxsim.onnx")
                 if by_onnxsim(given.model, share, path):
-                    note(share, "onnxsim, structured L2", path)
+                    note(share, 0, "onnxsim, structured L2", path)
                 else:
                     print(f"{share:.2f} is out of reach for onnxsim")
             if given.peer_python:
@@ -126,18 +128,30 @@ def compare(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     print(f"Torch-Pruning failed: {done.stderr.strip().splitlines()[-1:]}")
                 for stage in ("nothing", "batch-norm", "tuned"):
                     if (path := folder / f"{out.name}.{stage}.onnx").exists():
-                        note(share, f"Torch-Pruning, {stage}", path)
-    rows = [
-        {"macs": share, "name": name, "top1": [a for a, _ in pairs], "reached": [m for _, m in pairs]}
-        for (share, name), pairs in found.items()
-    ]
-    return {"model": Path(given.model).name, "uncut": uncut, "test": len(test), "samples": given.samples, "rows": rows}
+                        note(share, seed, f"Torch-Pruning, {stage}", path)
+    return {**result, "rows": rows}
+
+
+def add(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What was found, beside what a file holds of other shares, seeds and stages of the same comparison."""
+    before = json.loads(path.read_text()) if path.exists() else result
+    if any(before[key] != result[key] for key in ("model", "uncut", "test", "samples")):
+        raise SystemExit(f"{path} holds another comparison: choose another file")
+    rows = {(row["macs"], row["name"], row["seed"]): row for row in before["rows"] + result["rows"]}
+    return {**result, "rows": [rows[key] for key in sorted(rows)]}
+
+
+def by_cell(result: dict[str, Any], figure: str) -> dict[tuple[str, float], list[float]]:
+    """A figure of every seed, by name and share."""
+    cells: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for row in result["rows"]:
+        cells[row["name"], row["macs"]].append(row[figure])
+    return cells
 
 
 def table(result: dict[str, Any]) -> str:
     """Mean and spread over the seeds, a row for each tool and stage."""
-    shares = sorted({row["macs"] for row in result["rows"]}, reverse=True)
-    cells = {(row["name"], row["macs"]): row["top1"] for row in result["rows"]}
+    shares, cells = sorted({row["macs"] for row in result["rows"]}, reverse=True), by_cell(result, "top1")
     lines = [f"| {result['model']}, uncut {result['uncut']:.2f} | " + " | ".join(f"{s:.2f}" for s in shares) + " |"]
     lines.append("|---" * (len(shares) + 1) + "|")
     for name in dict.fromkeys(name for name, _ in cells):
@@ -158,10 +172,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     axes.axhline(result["uncut"], color="gray", linestyle=":", label="uncut")
-    for name in dict.fromkeys(row["name"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["name"] == name]
-        means, spread = ([f(row["top1"]) for row in rows] for f in (np.mean, np.std))
-        axes.errorbar([np.mean(row["reached"]) for row in rows], means, spread, marker="o", capsize=3, label=name)
+    cells, reached = by_cell(result, "top1"), by_cell(result, "reached")
+    for name in dict.fromkeys(name for name, _ in cells):
+        keys = [key for key in cells if key[0] == name]
+        means, spread = ([f(cells[key]) for key in keys] for f in (np.mean, np.std))
+        axes.errorbar([np.mean(reached[key]) for key in keys], means, spread, marker="o", capsize=3, label=name)
     axes.set(xlabel="share of the MACs left", ylabel="top-1 on test images, %", title=result["model"])
     axes.legend()
     figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -186,7 +201,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("accuracy.json"))
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        result = compare(given, Path(scratch))
+        result = add(compare(given, Path(scratch)), given.output)
     given.output.write_text(json.dumps(result, indent=1) + "\n")
     given.output.with_suffix(".md").write_text(table(result) + "\n")
     plot(result, given.output.with_suffix(".png"))
