@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from onnxprune.checks import check_option
 from onnxprune.choosing.layers import choose_layers, drop_layers, find_layers, free_layers, weight_scores
 from onnxprune.choosing.select import Keep, Rounding, bounded, keep_best, survivors_by_share
 from onnxprune.cutting.cut import cut
@@ -88,6 +89,10 @@ def prune(
     """
     if not 0 <= ratio < 1 or (ratio == 0 and not layers):
         raise UsageError(f"--ratio {ratio:g}: give the share of units to remove, between 0 and 1")
+    check_option("scope", scope, Scope)
+    check_option("round_to", round_to, int | None, 1)
+    check_option("layers", layers, int | Literal["auto"] | None, 0)
+    check_option("seed", seed, int, 0)
     _check_outputs(model, [output, plan, baseline])
     normal = normalise(open_model(model))
     units = prunable(normal, str(model), granularity, kinds, protect)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.stats import t
 
 from onnxprune.benchmarking.interleave import LEVELS, MOST_PARTS, WARM_UP, Rows, interleave, open_as
+from onnxprune.checks import check_option
 from onnxprune.errors import UsageError
 from onnxprune.evaluating.data import random_inputs
 from onnxprune.evaluating.evaluate import Batch, run_session, session_options
@@ -102,7 +104,7 @@ def find_providers(names: Sequence[str]) -> list[str]:
 
 
 def bench_models(
-    paths: Sequence[Path],
+    models: Sequence[str | os.PathLike[str]],
     providers: Sequence[str] = ("cpu",),
     threads: int | None = None,
     batch: int = 1,
@@ -119,7 +121,14 @@ def bench_models(
     whatever else the machine does hits all of them; the order turns too. Raises `UsageError` for an absent execution
     provider and `ModelError` for a model that can't be run.
     """
-    full = find_providers(providers)
+    if not models:
+        raise UsageError("nothing to time: name a model or more")
+    for name, value, hint, least in (
+        ("ep", providers, tuple[str, ...], None), ("threads", threads, int | None, 1), ("batch", batch, int, 1),
+        ("seconds", seconds, float, 0.0), ("seed", seed, int, 0), ("precision", precision, float | None, 0.0),
+    ):  # fmt: skip
+        check_option(name, value, hint, least)
+    full, paths = find_providers(providers), [Path(model) for model in models]
     inputs, runtime = random_inputs(open_model(paths[0]), seed, batch, shapes=shapes), runtime or Runtime(threads)
     results = []
     for provider in full:

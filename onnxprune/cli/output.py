@@ -110,7 +110,8 @@ def before_after(report: Report) -> Table:
     for provider, before in a.latency_ms.items():
         after, ratio = b.latency_ms[provider], report.speedup[provider]
         name = provider.removesuffix("ExecutionProvider")
-        faster = f"{ratio['speedup']:.2f}x faster ({ratio['low']:.2f} to {ratio['high']:.2f})"
+        word = "faster" if ratio["speedup"] >= 1 else "as fast"
+        faster = f"{ratio['speedup']:.2f}x {word} ({ratio['low']:.2f} to {ratio['high']:.2f})"
         table.add_row(f"latency on {name}, ms, median", f"{before['median']:.3f}", f"{after['median']:.3f}", faster)
         table.add_row(f"latency on {name}, ms, p90", f"{before['p90']:.3f}", f"{after['p90']:.3f}", "")
         if a.memory_bytes.get(provider):

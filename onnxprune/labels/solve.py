@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from onnxprune.checks import check_option
 from onnxprune.evaluating.evaluate import all_shapes
 from onnxprune.graph.shapes import Shapes
 from onnxprune.labels.flow import RULES, Flow, Lock, Rectangle, Vector, operator_name
@@ -54,8 +55,10 @@ def analyse(model: ir.Model, granularity: Granularity = "auto", shapes: Shapes |
     """Finds which positions of which tensors of a normalised model live and die together.
 
     `granularity` says along which axis tensors with two axes of channels are cut: "rows" (whole heads, whole groups),
-    "columns" (the same entry of every head or group), or "auto": heads by rows, groups by columns.
+    "columns" (the same entry of every head or group), or "auto": heads by rows, groups by columns. Raises `UsageError`
+    for another.
     """
+    check_option("granularity", granularity, Granularity)
     flow = Flow(model, shapes or all_shapes(model))
     for node in model.graph:
         flow.node = node

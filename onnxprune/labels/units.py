@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxprune.checks import check_option
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.graph.model import constant
 from onnxprune.labels import Solution, analyse
@@ -216,6 +217,8 @@ def prunable(
     protect: Sequence[str] = (),
 ) -> Units:
     """The units of a normalised model. Raises `ModelError` with the reasons when nothing can be pruned."""
+    check_option("kinds", kinds, tuple[str, ...])
+    check_option("protect", protect, tuple[str, ...])
     units = chosen_units(model, granularity, kinds, protect)
     if protect and not units.groups:
         raise ModelError(f"{name}: everything that could be pruned is protected; give narrower patterns to --protect")

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_type_hints
 
+from onnxprune.checks import check_option
 from onnxprune.choosing.select import Keep
 from onnxprune.choosing.threshold import INITIAL, Schedule
 from onnxprune.errors import UsageError
 from onnxprune.exporting.quantise import Numbers
 from onnxprune.labels.solve import Granularity
-from onnxprune.scoring.score import Scope
+from onnxprune.scoring.activations import ACTIVATION_CRITERIA
+from onnxprune.scoring.gradients import GRADIENT_CRITERIA
+from onnxprune.scoring.score import CRITERIA, Scope
 from onnxprune.training.losses import Loss
 from onnxprune.training.runtime import Trainer
 
 Controller = Literal["bisect", "published"]
 RESOURCES = ("macs", "params", "size", "latency")
+LEAST = {  # what numbers must be at least
+    "rounds": 1, "round_to": 1, "threads": 1, "batch": 1, "memory": 1, "stop_after": 1, "epochs": 0, "sparsify": 0,
+    "layers": 0, "seed": 0, "max_drop": 0, "features": 0, "mix": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class RunOptions:
     `minutes` end the fine-tuning of all rounds together, `sparsify` is epochs before each cut in which what goes fades.
     `memory` bounds, in MB, what repair holds beside models and runtime; None is 2048. `quantize` makes the numbers of
     the result smaller, unless that costs more than may be lost.
-    Raises `UsageError` for values out of range.
+    Raises `UsageError` for values that don't fit.
     """
 
     target_macs: float | None = None
@@ -76,35 +83,25 @@ class RunOptions:
     quantize: Numbers | None = None
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(RunOptions).items():
+            check_option(name, getattr(self, name), hint, LEAST.get(name))
         for name, value in self.targets.items():
             if not 0 < value < 1:
                 raise UsageError(f"--target-{name} {value:g}: give the share that may remain, between 0 and 1")
-        if self.max_drop is not None and not self.max_drop >= 0:
-            raise UsageError(f"--max-drop {self.max_drop:g}: give the points that may be lost, 0 or more")
-        for name in ("rounds", "round_to", "threads", "batch", "memory", "stop_after"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {number}: give 1 or more")
-        for name in ("epochs", "sparsify"):
-            if (number := getattr(self, name)) is not None and number < 0:
-                raise UsageError(f"--{name} {number}: give 0 or more")
-        if self.minutes is not None and not self.minutes > 0:
-            raise UsageError(f"--minutes {self.minutes:g}: give more than 0")
         if self.minutes is not None and self.epochs == 0:
             raise UsageError("--minutes are for fine-tuning, which --epochs 0 turns off: give one of them")
-        if self.initial_tau not in INITIAL:
-            raise UsageError(f"--initial-tau {self.initial_tau}: no such rule; known: {', '.join(INITIAL)}")
+        criteria = (*CRITERIA, *ACTIVATION_CRITERIA, *GRADIENT_CRITERIA, "auto")
+        for name, known in (("initial_tau", INITIAL), ("criterion", criteria)):
+            if (chosen := getattr(self, name)) not in known:
+                raise UsageError(f"--{name.replace('_', '-')} {chosen}: there is none; known: {', '.join(known)}")
         if not 0 <= self.alpha < 1:
             raise UsageError(f"--alpha {self.alpha:g}: give a decay of at least 0 and below 1")
         for name in ("distillation", "smoothing", "ema"):
             if not 0 <= (share := getattr(self, name)) <= 1 - (name == "ema") * 1e-6:
                 raise UsageError(f"--{name} {share:g}: give a share of 0 or more, and below 1")
-        for name in ("features", "mix"):
-            if not (number := getattr(self, name)) >= 0:
-                raise UsageError(f"--{name} {number:g}: give 0 or more")
-        if not self.temperature > 0:
-            raise UsageError(f"--temperature {self.temperature:g}: give more than 0")
-        if self.lr is not None and not self.lr > 0:
-            raise UsageError(f"--lr {self.lr:g}: give a learning rate above 0")
+        for name in ("minutes", "temperature", "lr", "bench_seconds"):
+            if (number := getattr(self, name)) is not None and not number > 0:
+                raise UsageError(f"--{name.replace('_', '-')} {number:g}: give more than 0")
 
     @property
     def loss_options(self) -> Loss:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from onnxprune.benchmarking.bench import bench_models, find_providers, model_bytes
 from onnxprune.choosing.select import survivors
+from onnxprune.choosing.sensitivity import load_sensitivity
 from onnxprune.cutting.cut import cut
 from onnxprune.cutting.plan import load_plan
 from onnxprune.cutting.verify import check_cut
@@ -85,6 +86,8 @@ def run(
     if target.exists() and source.exists() and target.samefile(source):
         raise UsageError(f"the output {target} is the input; choose another -o")
     find_providers(options.providers)
+    if options.prior is not None:
+        load_sensitivity(Path(options.prior))  # refuses anything else before any work
     folder = Path(run_dir) if run_dir is not None else target.with_suffix(".onnxprune")
     notes: list[str] = []
     listener.stage("opening and normalising the model")

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxprune.benchmarking.probe import Probe
-from onnxprune.errors import ModelError
+from onnxprune.errors import ModelError, UsageError
 from onnxprune.graph.model import constant, release
 from onnxprune.labels.units import Group, Units, is_parameter, weight_matrix
 from onnxprune.scoring.cost import Cost
@@ -33,10 +33,10 @@ WEIGHTED = {  # operator -> the input that is a weight; None: any of them
 def score_units(units: Units, criterion: str = "l2", seed: int = 0) -> Scores:
     """The importance of every component, float64 of shape (units.count,); higher is more important.
 
-    Raises `ModelError` when the criterion needs something that the model lacks, or isn't known.
+    Raises `ModelError` when the criterion needs something that the model lacks, `UsageError` when it isn't known.
     """
     if criterion not in CRITERIA:
-        raise ModelError(f"no criterion is called {criterion!r}; known: {', '.join(CRITERIA)}")
+        raise UsageError(f"no criterion is called {criterion!r}; known: {', '.join(CRITERIA)}")
     return CRITERIA[criterion](units, seed)
 
 

@@ -1,0 +1,90 @@
+"""What a program calls: the public names, with paths as strings, and all of them in one process."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import onnxprune
+from tests.conftest import MODELS
+
+MODEL, DATA = str(MODELS / "digits_mlp.onnx"), str(MODELS / "digits.npz")
+
+
+def test_the_small_operations(tmp_path: Path) -> None:
+    """One cut, checked, repeated, timed and looked at."""
+    small, again = str(tmp_path / "small.onnx"), str(tmp_path / "again.onnx")
+    pruned = onnxprune.prune(MODEL, small, 0.5, keep=[onnxprune.Keep("*layers.1*", 0.75)])
+    assert pruned.macs[1] < 0.6 * pruned.macs[0]
+    plan, baseline = str(tmp_path / "plan.json"), str(tmp_path / "baseline.onnx")
+    pruned = onnxprune.prune(MODEL, small, 0.5, plan=plan, baseline=baseline)
+    assert onnxprune.verify(baseline, small, plan).passed
+    applied = onnxprune.apply(plan, MODEL, again)
+    assert applied.macs == pruned.macs and Path(again).read_bytes() == Path(small).read_bytes()
+    whole, cut = onnxprune.bench([MODEL, small], seconds=0.2)
+    assert cut.size_bytes < whole.size_bytes and cut.against_first.low <= cut.against_first.high
+    curves = onnxprune.sensitivity(MODEL, DATA, samples=64).curves
+    assert [curve.group for curve in curves] == [group["name"] for group in onnxprune.inspect(MODEL).groups]
+    with pytest.raises(onnxprune.UsageError, match="no group has such a name"):
+        onnxprune.prune(MODEL, small, 0.5, keep=[onnxprune.Keep("nothing", 0.75)])
+    with pytest.raises(onnxprune.ModelError, match="absent"):
+        onnxprune.bench([MODEL, str(tmp_path / "absent.onnx")])
+
+
+def test_a_run_on_arrays(tmp_path: Path) -> None:
+    data = np.load(DATA)
+    few = {name: data[name][:300] for name in data.files}
+    options = onnxprune.RunOptions(target_macs=0.5, epochs=0, bench_seconds=0.1)
+    report = onnxprune.run(MODEL, few, output=str(tmp_path / "small.onnx"), options=options)
+    assert isinstance(report, onnxprune.Report) and report.pruned.macs <= 0.5 * report.baseline.macs
+    again = onnxprune.apply(Path(report.run_dir) / "plan.json", MODEL, tmp_path / "again.onnx")
+    assert again.macs[1] == report.pruned.macs and (tmp_path / "small.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "advice"),
+    [
+        ("scope", "all", "--scope all: give global or gradual or layer or isomorphic or auto"),
+        ("controller", "bisection", "--controller bisection: give bisect or published"),
+        ("epochs", 1.5, "--epochs 1.5: give a whole number or nothing"),
+        ("target_macs", "0.5", "--target-macs 0.5: give a number or nothing"),
+        ("target_macs", 1.0, "--target-macs 1: give the share that may remain, between 0 and 1"),
+        ("max_drop", float("nan"), "--max-drop nan: give 0 or more"),
+        (
+            "initial_tau",
+            "median",
+            "--initial-tau median: there is none; known: deviation, mean, quantile, energy, otsu",
+        ),
+        ("layers", -1, "--layers -1: give 0 or more"),
+        ("kinds", "width", "--kinds width: give a list, each of it a word"),
+        ("batch_statistics", 1, "--batch-statistics 1: give True or False"),
+        ("bench_seconds", 0, "--bench-seconds 0: give more than 0"),
+        ("threads", True, "--threads True: give a whole number or nothing"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(option: str, value: object, advice: str) -> None:
+    with pytest.raises(onnxprune.UsageError, match=f"^{re.escape(advice)}$"):
+        onnxprune.RunOptions(**{option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [{"epochs": np.int64(3), "target_macs": np.float32(0.5), "kinds": ["width"]}])
+def test_options_that_fit_are_taken(given: dict[str, object]) -> None:
+    assert onnxprune.RunOptions(**given).epochs == 3  # type: ignore[arg-type]
+
+
+def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    small = tmp_path / "small.onnx"
+    for given in ({"scope": "all"}, {"granularity": "all"}, {"round_to": 0}, {"layers": "all"}, {"criterion": "all"}):
+        with pytest.raises(onnxprune.UsageError, match=next(iter(given)).replace("_", "-")):
+            onnxprune.prune(MODEL, small, **given)  # type: ignore[arg-type]
+    for given in ({"providers": "cpu"}, {"batch": 0}, {"seconds": "1"}):
+        with pytest.raises(onnxprune.UsageError, match="give"):
+            onnxprune.bench([MODEL], **given)  # type: ignore[arg-type]
+    with pytest.raises(onnxprune.UsageError, match="name a model"):
+        onnxprune.bench([])
+    with pytest.raises(onnxprune.UsageError, match="can't be read as what 'onnxprune sensitivity -o' writes"):
+        onnxprune.run(MODEL, output=small, options=onnxprune.RunOptions(prior=str(tmp_path / "absent.json")))
+    assert not list(tmp_path.iterdir())
