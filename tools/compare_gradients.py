@@ -21,7 +21,7 @@ import numpy as np
 from onnxprune.evaluating.data import Dataset, random_inputs
 from onnxprune.graph.model import open_model, save_model
 from onnxprune.normalising.normalise import normalise
-from onnxprune.training import Loss, TrainingOptions, client
+from onnxprune.training import Loss, Trainer, TrainingOptions, client
 
 SAMPLES = 32  # one shard: batch normalisation sees the same statistics in both
 
@@ -53,8 +53,9 @@ def compare(path: str, classes: int, python: str, folder: Path) -> dict[str, Any
     peer = np.load(folder / "peer.npz")
     pairs = [(peer[f"w{i}"], peer[f"g{i}"]) for i in range(len(peer.files) // 2)]
     row: dict[str, Any] = {"model": Path(path).name}
-    for trainer in ("ort", "graph"):
-        options = TrainingOptions(trainer, threads=1, loss=Loss(distillation=0.0), batch_statistics=True)  # type: ignore[arg-type]
+    trainers: tuple[Trainer, ...] = ("ort", "graph")
+    for trainer in trainers:
+        options = TrainingOptions(trainer, threads=1, loss=Loss(distillation=0.0), batch_statistics=True)
         found = client.gradient_moments(model, Dataset({name: x}, y), folder / trainer, options)
         worst, matched = 0.0, 0
         least = 1e-4 * float(np.sqrt(sum(np.square(g).sum() for _, g in pairs)))
@@ -64,7 +65,8 @@ def compare(path: str, classes: int, python: str, folder: Path) -> dict[str, Any
                 turned = value.T.shape == weights.shape and value.ndim == 2 and np.array_equal(value.T, weights)
                 if turned or (value.shape == weights.shape and np.array_equal(value, weights)):
                     ours = gradient.T if turned else gradient
-                    worst = max(worst, float(np.linalg.norm(ours - wanted) / max(np.linalg.norm(wanted), least)))
+                    apart, size = (float(np.linalg.norm(each)) for each in (ours - wanted, wanted))
+                    worst = max(worst, apart / max(size, least))
                     matched += 1
                     break
         row[trainer] = {"worst": worst, "matched": matched, "parameters": len(found)}

@@ -38,7 +38,9 @@ def result(model: str, train: str, test: str, uncut: float, options: RunOptions)
         report = onnxprune.run(model, train, output=output, options=options)
         tested = uncut - measure(output, test)
     share = report.pruned.macs / report.baseline.macs
-    rounds = [[record[name] for name in ("macs_share", "drop", "drop_error", "accepted")] for record in report.rounds]
+    rounds = [
+        [record.get(name) for name in ("macs_share", "drop", "drop_error", "accepted")] for record in report.rounds
+    ]
     return {
         "macs": share, "decided": report.target["drop"], "tested": tested, "rounds": rounds, "s": report.seconds,
     }  # fmt: skip
@@ -65,7 +67,7 @@ def main() -> None:
                 tries.append(found)
             allowed = [each for each in tries if each["decided"] <= given.max_drop]
             best = min(allowed, key=lambda each: each["macs"], default=None)
-            row = {
+            row: dict[str, Any] = {
                 "model": Path(model).name,
                 "seed": seed,
                 "uncut": uncut,

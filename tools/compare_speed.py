@@ -104,7 +104,8 @@ def compare(zoo: Path, python: str, only: list[str]) -> list[dict[str, Any]]:
             continue
         with tempfile.TemporaryDirectory() as folder:
             path = filled(zoo / f"{name}.onnx", Path(folder))
-            own, other = [], []
+            own: list[dict[str, float]] = []
+            other: list[float | None] = []
             for _ in range(REPEATS):
                 own.append(own_seconds(path))
                 other.append(torch_seconds(python, name) if other[-1:] != [None] else None)
@@ -191,7 +192,7 @@ def measure_memory(path: Path, output: Path) -> dict[str, float]:
     import onnxprune.api
     from onnxprune.graph.model import open_model
 
-    before = psutil.Process().memory_info().rss
+    before = psutil.Process().memory_info().rss  # type: ignore[no-untyped-call]
     start = time.perf_counter()
     open_model(path)
     opened = time.perf_counter() - start

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,8 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.training import Trainer
+
 BATCH, STEPS, SKIPPED = 64, 14, 4
-NAMES = {"ort": "ONNX Runtime training", "graph": "gradients as nodes", "cuda": "gradients as nodes on a GPU"}
+NAMES: dict[Trainer, str] = {
+    "ort": "ONNX Runtime training",
+    "graph": "gradients as nodes",
+    "cuda": "gradients as nodes on a GPU",
+}
 
 PEER = """
 import sys, time
@@ -53,7 +58,7 @@ print(np.median(times[4:]))
 """
 
 
-def ours(path: str, trainer: str, threads: int, shape: list[int], batch_statistics: bool) -> float:
+def ours(path: str, trainer: Trainer, threads: int, shape: list[int], batch_statistics: bool) -> float:
     """Seconds of a step."""
     from onnxprune.evaluating.data import Dataset
     from onnxprune.graph.model import open_model
@@ -72,7 +77,7 @@ def ours(path: str, trainer: str, threads: int, shape: list[int], batch_statisti
 
     options = TrainingOptions(
         trainer, epochs=STEPS, lr=1e-4, threads=threads, loss=Loss(distillation=0.0), batch_statistics=batch_statistics
-    )  # type: ignore[arg-type]
+    )
     with tempfile.TemporaryDirectory() as folder:
         fine_tune(model.clone(), model, data, Path(folder) / "job", options, progress=listen)
     return float(np.median(np.diff(moments)[SKIPPED:]))
@@ -106,12 +111,12 @@ def main() -> None:
         path, _, sizes = entry.partition("=")
         shape = [int(size) for size in sizes.split(",")]
         for threads in given.threads:
-            shares: dict[str, list[float]] = {trainer: [] for trainer in given.trainers}
+            shares: dict[Trainer, list[float]] = {trainer: [] for trainer in given.trainers}
             for _ in range(given.turns):
                 peer = theirs(given.peer_python, path, threads, shape, given.batch_statistics, given.peer_device)
                 for trainer, found in shares.items():
                     found.append(peer / ours(path, trainer, threads, shape, given.batch_statistics))
-            rows.append({"model": Path(path).name, "threads": threads, **shares})
+            rows.append({"model": Path(path).name, "threads": threads} | shares)
             said = [f"{np.median(v):.2f}x ({min(v):.2f} to {max(v):.2f})" for v in shares.values()]
             lines.append(f"| {Path(path).name} | {threads} | {' | '.join(said)} |")
             print(lines[-1], flush=True)
@@ -120,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -40,7 +40,7 @@ def split(path: Path, folder: Path) -> tuple[Path, Path]:
     edge = len(order) // 5
     places = folder / "train.npz", folder / "test.npz"
     for place, rows in zip(places, (order[edge:], order[:edge]), strict=True):
-        np.savez(place, **{name: array[np.sort(rows)] for name, array in inputs.items()})  # type: ignore[arg-type]
+        np.savez(place, **{name: array[np.sort(rows)] for name, array in inputs.items()})
     return places
 
 
@@ -83,7 +83,8 @@ def main() -> None:
     rows = []
     lines = ["| model | MACs left | cut | repaired | fine-tuned | seconds |", "|---|---|---|---|---|---|"]
     for pair in given.pairs:
-        rows.append(row := recover(*pair.split("="), given))
+        model, _, data = pair.partition("=")
+        rows.append(row := recover(model, data, given))
         figures = " | ".join(f"{row[name]:.2f}" for name in ("cut", "repaired", "tuned"))
         lines.append(f"| {row['model']} | {100 * row['macs']:.1f} % | {figures} | {row['seconds']:.0f} |")
         print(lines[-1], flush=True)
