@@ -88,3 +88,45 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(onnxprune.UsageError, match="can't be read as what 'onnxprune sensitivity -o' writes"):
         onnxprune.run(MODEL, output=small, options=onnxprune.RunOptions(prior=str(tmp_path / "absent.json")))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [{"epochs": 1}, {"sparsify": 1}, {"minutes": 0.1}, {"criterion": "auto"}])
+@pytest.mark.parametrize("eval_data", [None, str(MODELS / "digits_test.npz")])
+def test_what_learns_needs_data_to_learn_from(option: dict[str, object], eval_data: str | None, tmp_path: Path) -> None:
+    options = onnxprune.RunOptions(target_macs=0.5, **option)  # type: ignore[arg-type]
+    with pytest.raises(onnxprune.UsageError, match="give --data"):
+        onnxprune.run(MODEL, eval_data=eval_data, output=tmp_path / "small.onnx", options=options)
+
+
+def fails(outputs: list[np.ndarray], labels: np.ndarray) -> float:
+    raise KeyError("no such class")
+
+
+@pytest.mark.parametrize(
+    ("labels", "metric", "advice"),
+    [
+        (
+            np.zeros(20, np.float32),
+            None,
+            r"shape \(4,\), the first output has shape \(4, 10\): give a number",
+        ),
+        (np.zeros(20, np.int64), "mse", "give a number for each of the output's"),
+        (np.zeros((20, 10), np.float32), "top1", "top1 wants one class index"),
+        (
+            np.zeros(20, np.int64),
+            "tests.test_api:fails",
+            "test_api:fails failed: KeyError: 'no such class'",
+        ),
+    ],
+)
+def test_labels_that_do_not_fit_the_metric(labels: np.ndarray, metric: str | None, advice: str, tmp_path: Path) -> None:
+    few = {"input": np.load(DATA)["input"][:20], "labels": labels}
+    options = onnxprune.RunOptions(target_macs=0.5, epochs=0, metric=metric)
+    with pytest.raises((onnxprune.DataError, onnxprune.UsageError), match=advice):
+        onnxprune.run(MODEL, few, output=tmp_path / "small.onnx", options=options)
+    assert not (tmp_path / "small.onnx").exists()
+
+
+def test_a_single_sample_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(onnxprune.DataError, match="one sample"):
+        onnxprune.run(MODEL, {"input": np.load(DATA)["input"][:1], "labels": [0]}, output=tmp_path / "small.onnx")

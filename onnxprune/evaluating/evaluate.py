@@ -191,6 +191,8 @@ def _rows(array: Array) -> NDArray[np.float64]:
 def _top(k: int) -> Callable[[list[Array], Array | None, list[Array]], float]:
     def compute(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
         scores, wanted = _rows(outputs[0]), np.ravel(labels if labels is not None else [])
+        if wanted.dtype.kind not in "iu" or len(wanted) != len(scores):
+            raise DataError(f"{_beside(outputs, labels)}: top{k} wants one class index (int64) for each row of scores")
         scores, wanted = scores[wanted != IGNORED], wanted[wanted != IGNORED]
         better = (scores > np.take_along_axis(scores, wanted[:, None], 1)).sum(1)
         return float((better < k).mean() * 100)
@@ -198,12 +200,39 @@ def _top(k: int) -> Callable[[list[Array], Array | None, list[Array]], float]:
     return compute
 
 
+def _beside(outputs: list[Array], labels: Array | None) -> str:
+    """What doesn't fit, for a message."""
+    given = np.asarray(labels)
+    return f"array 'labels' is {given.dtype} of shape {given.shape}, the first output has shape {outputs[0].shape}"
+
+
+def _errors(outputs: list[Array], labels: Array | None) -> NDArray[np.float64]:
+    """The differences between what is and what should be, element by element."""
+    found, wanted = outputs[0].astype(np.float64).ravel(), np.ravel(np.asarray(labels, np.float64))
+    if len(found) != len(wanted):
+        raise DataError(f"{_beside(outputs, labels)}: give a number for each of the output's, or class indices (int64)")
+    return np.asarray(found - wanted)
+
+
 def _mse(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
-    return float(np.mean(np.square(outputs[0].astype(np.float64).ravel() - np.ravel(np.asarray(labels, np.float64)))))
+    return float(np.mean(np.square(_errors(outputs, labels))))
 
 
 def _mae(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
-    return float(np.mean(np.abs(outputs[0].astype(np.float64).ravel() - np.ravel(np.asarray(labels, np.float64)))))
+    return float(np.mean(np.abs(_errors(outputs, labels))))
+
+
+def _by_function(name: str) -> Metric:
+    """A function of the user's."""
+    function = load_function(name)
+
+    def compute(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
+        try:
+            return float(function(outputs, labels))
+        except Exception as error:
+            raise UsageError(f"metric {name} failed: {type(error).__name__}: {error}") from error
+
+    return Metric(name, compute)
 
 
 def _cosine(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
@@ -256,8 +285,7 @@ def find_metric(name: str | None, data: Dataset) -> Metric:
             return METRICS["cosine"]
         name = "mse" if data.labels.dtype.kind == "f" else "top1"
     if ":" in name:
-        function = load_function(name)
-        return Metric(name, lambda outputs, labels, reference: float(function(outputs, labels)))
+        return _by_function(name)
     if name.startswith("top") and name[3:].isdigit() and int(name[3:]) > 0:
         metric = Metric(name, _top(int(name[3:])), needs_labels=True)
     elif name in METRICS:

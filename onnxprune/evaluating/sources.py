@@ -212,7 +212,8 @@ def as_dataset(
 ) -> Dataset:
     """A `Dataset` from what a caller of the Python API may give: sources as for `load_data`, or a dict of arrays."""
     if isinstance(source, Mapping):
-        return check_data(source, model, ignored=ignored)
+        arrays = {name: array if hasattr(array, "dtype") else np.asarray(array) for name, array in source.items()}
+        return check_data(arrays, model, ignored=ignored)
     if isinstance(source, str | os.PathLike):
         return load_data(str(source), model, images, ignored)
     if isinstance(source, Sequence) and all(isinstance(each, str | os.PathLike) for each in source):

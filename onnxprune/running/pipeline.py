@@ -26,7 +26,7 @@ from onnxprune.choosing.sensitivity import load_sensitivity
 from onnxprune.cutting.cut import cut
 from onnxprune.cutting.plan import load_plan
 from onnxprune.cutting.verify import check_cut
-from onnxprune.errors import TrainingError, UsageError
+from onnxprune.errors import DataError, TrainingError, UsageError
 from onnxprune.evaluating.data import Dataset, random_dataset
 from onnxprune.evaluating.evaluate import find_metric
 from onnxprune.evaluating.judge import Judge, Verdict
@@ -128,17 +128,20 @@ def _load(
         None if given is None else as_dataset(given, model, images, options.ignore_index).shuffled(options.seed)
         for given in (data, eval_data)
     )
+    if train is None:
+        if evaluation is None and (options.max_drop is not None or options.metric is not None):
+            raise UsageError("--max-drop and --metric need data to measure on: give --data")
+        if options.epochs or options.sparsify or options.minutes is not None:
+            raise UsageError("--epochs, --sparsify and --minutes are for fine-tuning, which needs data: give --data")
+        if options.criterion == AUTO:
+            raise UsageError("--criterion auto tries several on data: give --data, or name one")
     if evaluation is not None:
         return train, evaluation
     if train is None:
-        if options.max_drop is not None or options.metric is not None:
-            raise UsageError("--max-drop and --metric need data to measure on: give --data")
-        if options.sparsify or options.minutes is not None:
-            raise UsageError("--sparsify and --minutes are for fine-tuning, which needs data: give --data")
-        if options.criterion == AUTO:
-            raise UsageError("--criterion auto tries several on data: give --data, or name one")
         notes.append("no data: scored by weights alone; accuracy was not measured")
         return None, random_dataset(model, 64, options.seed)
+    if len(train) < 2:
+        raise DataError("one sample can't be learned from and measured on: give more, or --eval-data")
     most = MOST_MEASURED if options.targets and options.max_drop is None else MOST_HELD
     train, evaluation = train.split(min(HELD_BACK, most / max(len(train), 1)), options.seed)
     notes.append(
