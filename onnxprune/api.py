@@ -21,8 +21,8 @@ from onnxprune.cutting.plan import Plan, load_plan
 from onnxprune.cutting.verify import check_cut, mask_oracle
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.evaluating.evaluate import tolerance
-from onnxprune.graph.files import check_writable, sha256, write_json
-from onnxprune.graph.model import digest, external_files, open_model, save_model
+from onnxprune.graph.files import sha256, write_json
+from onnxprune.graph.model import check_outputs, digest, open_model, save_model
 from onnxprune.labels import analyse
 from onnxprune.labels.convolution import SPACE
 from onnxprune.labels.solve import Granularity
@@ -93,7 +93,7 @@ def prune(
     check_option("round_to", round_to, int | None, 1)
     check_option("layers", layers, int | Literal["auto"] | None, 0)
     check_option("seed", seed, int, 0)
-    _check_outputs(model, [output, plan, baseline])
+    check_outputs(model, [output, plan, baseline])
     normal = normalise(open_model(model))
     units = prunable(normal, str(model), granularity, kinds, protect)
     moved = line_up(units, criterion, seed)
@@ -120,16 +120,6 @@ def _without_layers(
     if layers == "auto":  # those that stand out as small
         layers = int((np.array(scores) < np.mean(scores or [0]) - np.std(scores or [0])).sum())
     return drop_layers(model, [layer.name for layer in choose_layers(found, scores, layers)])
-
-
-def _check_outputs(model: str | os.PathLike[str], paths: Sequence[str | os.PathLike[str] | None]) -> None:
-    """Raises `UsageError` for an output that can't be written, or that is a part of the input."""
-    source = Path(model)
-    parts = {source.resolve(), *(external_files(source) if source.is_file() else ())}
-    for path in [Path(p) for p in paths if p is not None]:
-        check_writable(path)
-        if parts & {path.resolve(), path.with_name(f"{path.name}.data").resolve()}:
-            raise UsageError(f"the output {path} is the input; choose another")
 
 
 def _finish(
@@ -170,7 +160,7 @@ def apply(
     Writes the pruned model to `output`; `new_plan` and `baseline` as `plan` and `baseline` of `prune`. Raises
     `UsageError` when the plan isn't one, and `ModelError` when it doesn't fit the model.
     """
-    _check_outputs(model, [output, new_plan, baseline])
+    check_outputs(model, [output, new_plan, baseline], [plan])
     wanted = load_plan(Path(plan))
     normal = normalise(open_model(model))
     reorder(normal, wanted.reordered)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,18 +248,37 @@ def test_data_that_cannot_be_used(arrays: dict[str, np.ndarray], message: str, t
         (["run", "MODEL", "--data", "DATA", "--metric", "bleu"], "bleu"),
         (["prune", "MODEL", "-o", "out.onnx", "--ratio", "1.5"], "between 0 and 1"),
         (["prune", "MODEL", "-o", "out.onnx", "--ratio", "0.5", "--criterion", "taste"], "taste"),
+        (["prune", "MODEL", "-o", "out.onnx", "--ratio", "0.5", "--plan", "out.onnx"], "another output"),
+        (["run", "MODEL", "-o", "DATA", "--data", "DATA"], "is the input"),
+        (["run", "OLD", "-o", "old.onnx"], "lies in the run folder"),
+        (["run", "MODEL", "--data", "DATA", "--freeze", "nix"], "no parameter has such a name"),
+        (["run", "MODEL", "--data", "DATA", "--mean", "0.5"], "folders of images"),
+        (["export", "MODEL", "-o", "MODEL"], "is the input"),
+        (["sensitivity", "MODEL", "--data", "DATA", "-o", "MODEL"], "is the input"),
+        (["sensitivity", "MODEL", "--data", "DATA", "--plot", "picture.foo"], ".svg"),
+        (["apply", "PLAN", "MODEL", "-o", "PLAN"], "is the input"),
+        (["apply", "PLAN", "MODEL", "-o", "out.onnx"], "plan.json: not a plan"),
+        (["bench", "MODEL", "--target", "script:old.onnxprune"], "not from an earlier benchmark"),
         (["bench"], "MODELS"),
         (["frobnicate"], "frobnicate"),
     ],
 )
 def test_usage(arguments: list[str], message: str, tmp_path: Path) -> None:
-    model = tmp_path / "model.onnx"
-    model.write_bytes((MODELS / "digits_mlp.onnx").read_bytes())
-    before = digest(model)
-    result = call(*[{"MODEL": model, "DATA": DIGITS}.get(a, a) for a in arguments], cwd=tmp_path)
+    (tmp_path / "old.onnxprune").mkdir()
+    (tmp_path / "old.onnxprune" / "config.json").write_text("{}")
+    places = {}
+    for name, file, source in (
+        ("MODEL", "model.onnx", MODELS / "digits_mlp.onnx"),
+        ("OLD", "old.onnxprune/old.onnx", MODELS / "digits_mlp.onnx"),
+        ("DATA", "data.npz", DIGITS),
+        ("PLAN", "plan.json", tmp_path / "old.onnxprune" / "config.json"),
+    ):
+        places[name] = Path(shutil.copy(source, tmp_path / file))
+    before = {path: digest(path) for path in tmp_path.rglob("*") if path.is_file()}
+    result = call(*[places.get(argument, argument) for argument in arguments], cwd=tmp_path)
     assert result.status == 2, result.err
     assert message in result.err
-    assert digest(model) == before
+    assert {path: digest(path) for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_an_output_folder_without_permission(tmp_path: Path) -> None:

@@ -35,8 +35,11 @@ def write_bundle(
 ) -> None:
     """A folder that any machine with Python, numpy and onnxruntime can run: `python3 FOLDER/bench_here.py`.
 
-    `providers` are full names, those of the device. Raises `UsageError` where the folder can't be written.
+    `providers` are full names, those of the device. Raises `UsageError` where the folder can't be written,
+    or holds anything else.
     """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / SCRIPT).exists():
+        raise UsageError(f"{folder} is not empty, and not from an earlier benchmark; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(interleave.__file__, folder / SCRIPT)

@@ -226,12 +226,22 @@ def _prepared(task: Task) -> tuple[Units, Scores, Judge]:
 _PREPARED: dict[str, Any] = {}  # of the last task that this process worked for
 
 
-def plot(found: Sensitivity, path: Path) -> None:
-    """Draws the curves, the most sensitive groups in colour. Raises `UsageError` where matplotlib isn't installed."""
+def check_plot(path: Path) -> None:
+    """Raises `UsageError` where matplotlib isn't installed, or can't write such a file."""
     try:
-        import matplotlib
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise UsageError("--plot needs matplotlib: pip install matplotlib") from error
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".") not in kinds:
+        raise UsageError(f"--plot {path}: give a name that ends in .png, .svg or another of {', '.join(sorted(kinds))}")
+
+
+def plot(found: Sensitivity, path: Path) -> None:
+    """Draws the curves, the most sensitive groups in colour. Raises `UsageError` as `check_plot` does."""
+    check_plot(path)
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -12,8 +12,7 @@ from onnxprune.cli.options import IMAGE_OPTIONS, image_options, options, with_js
 from onnxprune.cli.output import print_json, say
 from onnxprune.evaluating.sources import load_data
 from onnxprune.exporting.quantise import NUMBERS, ORT, Numbers, as_ort, quantise
-from onnxprune.graph.files import check_writable
-from onnxprune.graph.model import open_model, save_model
+from onnxprune.graph.model import check_outputs, open_model, save_model
 
 
 @click.command("export", short_help="Smaller numbers, or the .ort format.")
@@ -30,7 +29,7 @@ def export_command(
 ) -> int:
     """Writes MODEL with smaller numbers, or in onnxruntime's own format where OUTPUT ends in .ort."""
     images = image_options(dict(given))
-    check_writable(output)
+    check_outputs(model, [output], data)
     opened = open_model(model)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "model.onnx"

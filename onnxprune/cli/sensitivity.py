@@ -8,11 +8,12 @@ from typing import Any
 import click
 from rich.table import Table
 
-from onnxprune.choosing.sensitivity import RATIOS, SAMPLES, Sensitivity, plot, sensitivity
+from onnxprune.choosing.sensitivity import RATIOS, SAMPLES, Sensitivity, check_plot, plot, sensitivity
 from onnxprune.cli.options import IMAGE_OPTIONS, image_options, options, with_json
 from onnxprune.cli.output import TerminalListener, print_json, say, show
 from onnxprune.errors import UsageError
-from onnxprune.graph.files import check_writable, write_json
+from onnxprune.graph.files import write_json
+from onnxprune.graph.model import check_outputs
 from onnxprune.scoring.score import CRITERIA
 
 
@@ -43,9 +44,9 @@ def sensitivity_command(model: Path, output: Path | None, picture: Path | None, 
         given["ratios"] = tuple(float(each) for each in given["ratios"].split(","))
     except ValueError as error:
         raise UsageError(f"--ratios takes numbers separated by commas: {error}") from error
-    for path in (output, picture):
-        if path is not None:
-            check_writable(path)
+    check_outputs(model, [output, picture], given["data"])
+    if picture is not None:
+        check_plot(picture)
     with TerminalListener() as listener:
         found = sensitivity(model, images=images, listener=listener, **given)
     if output is not None:

@@ -139,5 +139,7 @@ def load_plan(path: Path) -> Plan:
     """Reads plan.json. Raises `UsageError` when it isn't one."""
     try:
         return Plan.from_json(json.loads(path.read_text()))
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: can't be read as a plan: {error}") from error

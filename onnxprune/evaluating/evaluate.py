@@ -224,7 +224,10 @@ def _mae(outputs: list[Array], labels: Array | None, reference: list[Array]) -> 
 
 def _by_function(name: str) -> Metric:
     """A function of the user's."""
-    function = load_function(name)
+    try:
+        function = load_function(name)
+    except DataError as error:
+        raise UsageError(f"--metric {error}") from error
 
     def compute(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
         try:

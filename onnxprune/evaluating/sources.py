@@ -12,13 +12,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast, get_type_hints
 
 import numpy as np
 import onnx_ir as ir
 from PIL import Image, UnidentifiedImageError
 
-from onnxprune.errors import DataError
+from onnxprune.checks import check_option
+from onnxprune.errors import DataError, UsageError
 from onnxprune.evaluating.data import Array, Dataset, StoredArray, check_data, model_inputs
 
 PIECE = 2**20  # bytes read at a time
@@ -33,7 +34,13 @@ class ImageOptions:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     size: tuple[int, int] | None = None
-    layout: str = "nchw"
+    layout: Literal["nchw", "nhwc"] = "nchw"
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(ImageOptions).items():
+            check_option(name, getattr(self, name), hint)
+        if not all(each > 0 for each in self.std):
+            raise UsageError(f"--std {self.std}: give numbers above 0")
 
 
 def load_data(
@@ -45,11 +52,13 @@ def load_data(
     iterable of dicts of arrays; or several of these, one behind the other. Inputs stay in files until they are used
     (those of compressed .npz files are in memory). Class labels of the value `ignored` don't count, and come out as -1.
     Raises `DataError` naming the array for wrong names, shapes, dtypes, counts or labels, no samples, and NaNs or
-    infinities.
+    infinities; `UsageError` for options of images where there are none.
     """
     sources = [source] if isinstance(source, str) else list(source)
     if not sources:
         raise DataError("no data: give an .npz, a folder of images or module:function")
+    if images not in (None, ImageOptions()) and not any(Path(each).is_dir() for each in sources):
+        raise UsageError(f"--mean, --std, --size and --layout are for folders of images; {', '.join(sources)} is none")
     found = [_arrays(each, model, images or ImageOptions()) for each in sources]
     for each, arrays in zip(sources, found, strict=True):
         if single := [name for name, array in arrays.items() if not array.ndim]:
@@ -98,7 +107,8 @@ def _from_npz(path: Path) -> dict[str, Array]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not an .npz file that can be read: {str(error).splitlines()[0]}") from error
+        why = "it holds something else" if "pickle" in str(error) else str(error).splitlines()[0]
+        raise DataError(f"{path}: not an .npz file that can be read: {why}") from error
 
 
 def _check_sum(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> None:
@@ -192,6 +202,9 @@ def _from_folder(path: Path, model: ir.Model, options: ImageOptions) -> dict[str
     if size is None or len(shape) != 4:
         raise DataError(f"{path}: the image size can't be read off input {value.name!r}; give --size HEIGHT WIDTH")
     mode = "L" if shape[channels] == 1 else "RGB"
+    for name in ("mean", "std"):
+        if len(getattr(options, name)) not in (1, len(mode) if mode == "RGB" else 1):
+            raise UsageError(f"--{name}: give one number, or one for each channel of the images, which are {mode}")
     mean, std = np.array(options.mean, np.float32), np.array(options.std, np.float32)
     spool = Spool()
     for file, _ in files:

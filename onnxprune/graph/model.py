@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from onnx_ir import external_data
 from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
 from onnxprune.errors import ModelError, UsageError
-from onnxprune.graph.files import replacing
+from onnxprune.graph.files import check_writable, replacing
 
 INLINE = 1.9 * 2**30  # bytes of weights; protobuf can't serialise a message of 2 GiB
 SMALL = 1024  # bytes of an initializer that stays in a skeleton: sizes, axes, and what the opset converter reads
@@ -134,6 +134,27 @@ def _check_external_data(proto: onnx.ModelProto, file: Path) -> None:
         size = _tensor_bytes(tensor)
         if (info.offset or 0) + (info.length or size) > data.stat().st_size or (info.length or size) != size:
             raise ModelError(f"{where}: {data} holds fewer or more bytes than its shape needs; copy the file again")
+
+
+def files_of(model: str | os.PathLike[str]) -> set[Path]:
+    """The file of a model and those of its external tensors, resolved."""
+    path = Path(model)
+    return {path.resolve(), *(external_files(path) if path.is_file() else ())}
+
+
+def check_outputs(
+    model: str | os.PathLike[str],
+    paths: Sequence[str | os.PathLike[str] | None],
+    others: Sequence[str | os.PathLike[str]] = (),
+) -> None:
+    """Raises `UsageError` for an output that can't be written, that is a part of an input, or that is there twice."""
+    taken = {*files_of(model), *(Path(each).resolve() for each in others)}
+    for path in [Path(p) for p in paths if p is not None]:
+        check_writable(path)
+        files = {path.resolve(), path.with_name(f"{path.name}.data").resolve()}
+        if taken & files:
+            raise UsageError(f"the output {path} is the input, or another output; choose another")
+        taken |= files
 
 
 def external_files(path: Path) -> set[Path]:

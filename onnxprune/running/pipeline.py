@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import filter as filter_names
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ from onnxprune.evaluating.judge import Judge, Verdict
 from onnxprune.evaluating.sources import ImageOptions, as_dataset
 from onnxprune.exporting.finalise import finalise
 from onnxprune.exporting.quantise import Numbers, quantise
-from onnxprune.graph.files import check_writable, sha256, write_json
-from onnxprune.graph.model import open_model, save_model
+from onnxprune.graph.files import sha256, write_json
+from onnxprune.graph.model import check_outputs, files_of, open_model, save_model
 from onnxprune.labels import analyse
 from onnxprune.labels.units import Units, fading_parts, find_units, granularity_for, prunable
 from onnxprune.normalising.normalise import normalise
@@ -82,13 +83,16 @@ def run(
     options, listener = options or RunOptions(), listener or Listener()
     source = Path(model)
     target = Path(output) if output is not None else source.with_suffix(".pruned.onnx")
-    check_writable(target)
-    if target.exists() and source.exists() and target.samefile(source):
-        raise UsageError(f"the output {target} is the input; choose another -o")
+    given = [each for place in (data, eval_data) if not isinstance(place, Mapping) for each in _paths(place)]
+    given += _paths(options.prior)
+    check_outputs(source, [target], given)
     find_providers(options.providers)
     if options.prior is not None:
         load_sensitivity(Path(options.prior))  # refuses anything else before any work
     folder = Path(run_dir) if run_dir is not None else target.with_suffix(".onnxprune")
+    for path in (*files_of(source), *given):
+        if folder.resolve() in path.parents:
+            raise UsageError(f"{path} lies in the run folder {folder}, which is emptied: choose another --run-dir")
     notes: list[str] = []
     listener.stage("opening and normalising the model")
     baseline = normalise(open_model(source))
@@ -99,6 +103,10 @@ def run(
     train, evaluation = _load(baseline, data, eval_data, images, options, notes)
     if train is not None and options.epochs != 0:
         plan_loss(baseline, train, options.loss_options)  # refuses a loss that the labels don't fit, before any work
+    for pattern in options.freeze:
+        if not filter_names(baseline.graph.initializers, pattern):
+            raise UsageError(f"--freeze {pattern}: no parameter has such a name")
+    metric = find_metric(options.metric, evaluation)
     open_workspace(folder, configuration(source, train, evaluation, options), resume)
     if not (folder / "baseline.onnx").exists():
         save_model(baseline, folder / "baseline.onnx")
@@ -108,11 +116,16 @@ def run(
         evaluation = held if eval_data is None else evaluation
     for note in notes:
         listener.note(note)
-    metric = find_metric(options.metric, evaluation)
     judge = Judge(baseline, evaluation, metric, options.threads, bool(data or eval_data), apart=eval_data is not None)
     return Run(
         source, target, folder, baseline, moved, units, train, calibration, judge, options, listener, notes
     ).execute()
+
+
+def _paths(places: str | os.PathLike[str] | Sequence[str] | None) -> list[Path]:
+    """What may be paths, resolved."""
+    single = [places] if isinstance(places, str | os.PathLike) else places or []
+    return [Path(each).resolve() for each in single]
 
 
 def _load(

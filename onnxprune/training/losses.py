@@ -181,7 +181,7 @@ def _named_distances(model: ir.Model, asked: Sequence[str], outputs: dict[str, D
         elif name in inner:
             found[name] = Distance(name, kind, _class_axis(inner[name], None), weight)
         else:
-            near = difflib.get_close_matches(name, [*outputs, *inner], cutoff=0)
+            near = difflib.get_close_matches(name, {**outputs, **inner}, cutoff=0)
             raise UsageError(f"--distil {text}: the model has no value {name!r}; the nearest are {', '.join(near)}")
         if name in named:
             raise UsageError(f"--distil {text}: give each value one distance")

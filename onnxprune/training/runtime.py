@@ -92,6 +92,8 @@ def install_runtime(wheel: Path | None = None, say: Callable[[str], None] = lamb
     The wheel is checked against its pinned hash before anything is unpacked, and appears in the cache whole or not at
     all. Raises `TrainingError` when no wheel exists for this platform, it can't be had, or its hash differs.
     """
+    if wheel is not None and not wheel.is_file():
+        raise TrainingError(f"{wheel}: no such file; give a wheel of {PACKAGE} {VERSION}")
     if (folder := find_runtime()) is not None:
         return folder
     python, system = here()
