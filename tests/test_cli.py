@@ -251,6 +251,9 @@ def test_data_that_cannot_be_used(arrays: dict[str, np.ndarray], message: str, t
         (["prune", "MODEL", "-o", "out.onnx", "--ratio", "0.5", "--plan", "out.onnx"], "another output"),
         (["run", "MODEL", "-o", "DATA", "--data", "DATA"], "is the input"),
         (["run", "OLD", "-o", "old.onnx"], "lies in the run folder"),
+        (["run", "MODEL", "-o", "out.onnx", "--run-dir", "old.onnxprune"], "not a run folder"),
+        (["run", "MODEL", "-o", "out.onnx", "--run-dir", "plan.json"], "not a run folder"),
+        (["run", "MODEL", "-o", "out.onnx", "--run-dir", "old.onnxprune", "--resume"], "no run to resume"),
         (["run", "MODEL", "--data", "DATA", "--freeze", "nix"], "no parameter has such a name"),
         (["run", "MODEL", "--data", "DATA", "--mean", "0.5"], "folders of images"),
         (["export", "MODEL", "-o", "MODEL"], "is the input"),
@@ -265,7 +268,7 @@ def test_data_that_cannot_be_used(arrays: dict[str, np.ndarray], message: str, t
 )
 def test_usage(arguments: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "old.onnxprune").mkdir()
-    (tmp_path / "old.onnxprune" / "config.json").write_text("{}")
+    (tmp_path / "old.onnxprune" / "config.json").write_text('{"architectures": ["BertModel"]}')
     places = {}
     for name, file, source in (
         ("MODEL", "model.onnx", MODELS / "digits_mlp.onnx"),

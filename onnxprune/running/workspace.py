@@ -14,6 +14,7 @@ from onnxprune.graph.files import sha256, write_json
 from onnxprune.running.options import RunOptions
 
 MARKER = "config.json"
+KEYS = {"model_sha256", "data", "evaluation", "options"}
 
 
 def configuration(source: Path, train: Dataset | None, evaluation: Dataset, options: RunOptions) -> dict[str, Any]:
@@ -33,20 +34,28 @@ def open_workspace(folder: Path, config: dict[str, Any], resume: bool) -> None:
 
     A folder that isn't a run's is never emptied. Raises `UsageError` when it can't be used.
     """
-    marker = folder / MARKER
+    before = _configuration_of(folder)
     if resume:
-        if not marker.exists():
+        if before is None:
             raise UsageError(f"{folder} holds no run to resume; leave out --resume, or name it with --run-dir")
-        before = json.loads(marker.read_text())
         changed = [name for name in config if before.get(name) != config[name]]
         if changed:
             raise UsageError(f"{folder} is a run with another {' and '.join(changed)}; repeat its command to resume it")
         return
-    if folder.exists() and any(folder.iterdir()) and not marker.exists():
+    if folder.exists() and before is None and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not empty and not a run folder; choose another --run-dir")
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
     except OSError as error:
         raise UsageError(f"can't create {folder}: {error.strerror}; choose another --run-dir") from error
-    write_json(marker, config)
+    write_json(folder / MARKER, config)
+
+
+def _configuration_of(folder: Path) -> dict[str, Any] | None:
+    """What the run of a folder was started with; None for a folder of anything else, which may have such a file too."""
+    try:
+        content = json.loads((folder / MARKER).read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.keys() >= KEYS else None
