@@ -138,7 +138,8 @@ def add(result: dict[str, Any], path: Path) -> dict[str, Any]:
     if any(before[key] != result[key] for key in ("model", "uncut", "test", "samples")):
         raise SystemExit(f"{path} holds another comparison: choose another file")
     rows = {(row["macs"], row["name"], row["seed"]): row for row in before["rows"] + result["rows"]}
-    return {**result, "rows": [rows[key] for key in sorted(rows)]}
+    order = sorted(rows, key=lambda key: (key[0], key[1].lower(), key[2]))
+    return {**result, "rows": [rows[key] for key in order]}
 
 
 def by_cell(result: dict[str, Any], figure: str) -> dict[tuple[str, float], list[float]]:
