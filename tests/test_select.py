@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -191,6 +193,7 @@ def test_a_cut_is_as_bold_as_fine_tuning_was_seen_to_be_good() -> None:
     weak, strong = (Outcome(1.0, drop, 1.0, drop < 1, 0.0, before=6.0) for drop in (2.0, 0.6))
     assert reach([weak], 1.0, True) < reach([], 1.0, True) < reach([strong], 1.0, True)
     assert reach([strong, weak], 1.0, True) == reach([weak], 1.0, True)
+    assert reach([strong, weak], 0.0, True) == reach([replace(strong, drop=0.0)], 0.0, True) == 0.0
 
 
 def test_a_cut_that_was_rolled_back_is_not_tried_again() -> None:

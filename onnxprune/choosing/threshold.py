@@ -98,7 +98,7 @@ def reach(history: Sequence[Outcome], allowed: float, tuned: bool) -> float:
     Without fine-tuning just what is allowed. With it, as many times more as the worst round so far won back, with some
     caution; half of that for every round that was rolled back without a measurement.
     """
-    if not tuned:
+    if not tuned or not allowed:
         return allowed
     measured = [outcome for outcome in history if np.isfinite(outcome.before) and np.isfinite(outcome.drop)]
     gains = [outcome.before / max(outcome.drop, allowed / MOST_REACH) for outcome in measured]
