@@ -229,8 +229,11 @@ def verify(
     """Runs the mask oracle: the baseline with everything in the plan set to zero against the pruned model.
 
     On signed random inputs, one set for each seed. Raises `ModelError` when a model can't be used and `UsageError` when
-    the plan isn't one, or is of another baseline.
+    the plan isn't one, or is of another baseline, or without a seed, which would compare nothing.
     """
+    check_option("seeds", seeds, tuple[int, ...])
+    if not seeds or min(seeds) < 0:
+        raise UsageError(f"--seeds {len(seeds)}: give one set of inputs or more, of seeds from 0")
     wanted, owner = load_plan(Path(plan)), json.loads(Path(plan).read_text()).get("model_sha256")
     before, after = open_model(baseline), open_model(pruned)
     if owner != digest(before) and owner != sha256(Path(baseline)):

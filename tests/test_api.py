@@ -22,6 +22,8 @@ def test_the_small_operations(tmp_path: Path) -> None:
     plan, baseline = str(tmp_path / "plan.json"), str(tmp_path / "baseline.onnx")
     pruned = onnxprune.prune(MODEL, small, 0.5, plan=plan, baseline=baseline)
     assert onnxprune.verify(baseline, small, plan).passed
+    with pytest.raises(onnxprune.UsageError, match="--seeds 0: give one set"):
+        onnxprune.verify(baseline, small, plan, seeds=())
     applied = onnxprune.apply(plan, MODEL, again)
     assert applied.macs == pruned.macs and Path(again).read_bytes() == Path(small).read_bytes()
     whole, cut = onnxprune.bench([MODEL, small], seconds=0.2)
@@ -83,6 +85,9 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for given in ({"providers": "cpu"}, {"batch": 0}, {"seconds": "1"}):
         with pytest.raises(onnxprune.UsageError, match="give"):
             onnxprune.bench([MODEL], **given)  # type: ignore[arg-type]
+    for given in ({"seed": -1}, {"samples": 0}, {"ratios": 0.5}, {"ratios": [1.0]}, {"parallel": "many"}):
+        with pytest.raises(onnxprune.UsageError, match=f"--{next(iter(given))} .*: give"):
+            onnxprune.sensitivity(MODEL, DATA, **given)  # type: ignore[arg-type]
     with pytest.raises(onnxprune.UsageError, match="name a model"):
         onnxprune.bench([])
     with pytest.raises(onnxprune.UsageError, match="can't be read as what 'onnxprune sensitivity -o' writes"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxprune.checks import check_option
 from onnxprune.choosing.select import keep_best
 from onnxprune.cutting.cut import cut
 from onnxprune.errors import UsageError
@@ -112,7 +113,7 @@ def sensitivity(
     criterion: str = "l2",
     metric: str | None = None,
     samples: int = SAMPLES,
-    parallel: str = "1",
+    parallel: int | str = 1,
     seed: int = 0,
     images: ImageOptions | None = None,
     listener: Listener | None = None,
@@ -124,10 +125,13 @@ def sensitivity(
     onnxprune installed; results don't depend on it. Raises subclasses of `OnnxPruneError`.
     """
     listener = listener or Listener()
+    check_option("ratios", ratios, tuple[float, ...])
+    check_option("samples", samples, int, 1)
+    check_option("parallel", parallel, int | str)
+    check_option("seed", seed, int, 0)
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise UsageError(f"--ratios {','.join(f'{r:g}' for r in ratios)}: give shares between 0 and 1")
-    if samples < 1:
-        raise UsageError(f"--samples {samples}: give 1 or more")
+    parallel = str(parallel)
     listener.stage("opening and normalising the model")
     baseline = normalise(open_model(model))
     units = prunable(baseline, str(model))
