@@ -10,8 +10,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.errors import ModelError
+from onnxprune.evaluating.data import random_inputs
 from onnxprune.evaluating.evaluate import run_model
 from onnxprune.graph.model import open_model, save_model
+from onnxprune.normalising.normalise import normalise
 from tests.conftest import MODELS
 from tests.graphs import graph, proto
 
@@ -130,3 +132,19 @@ def test_weights_that_nothing_uses_do_no_harm(tmp_path: Path) -> None:
     )
     model = open_model(path)
     assert run_model(model, {"x": np.ones((2, 6), np.float32)})[0].shape == (2, 5)
+
+
+@pytest.mark.parametrize("anything", ["?", "-", -1])
+def test_sizes_that_mean_any_are_dynamic(anything: str | int, tmp_path: Path) -> None:
+    """Paddle calls every dynamic size "?", or -1: they needn't be the same."""
+    made = proto("(float[N, 4, H, W] x, float[6, 4, 1, 1] w) => (float[N, 6, H, W] y) { y = Conv(x, w) }")
+    for value in (*made.graph.input, *made.graph.output):
+        for axis in (0, 2, 3):
+            dim = value.type.tensor_type.shape.dim[axis]
+            if isinstance(anything, int):
+                dim.dim_value = anything
+            else:
+                dim.dim_param = anything
+    onnx.save(made, tmp_path / "model.onnx")
+    inputs = random_inputs(normalise(open_model(tmp_path / "model.onnx")), 0, batch=None)
+    assert len(set(inputs["x"].shape)) == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from onnxprune.cutting.cut import cut
@@ -16,7 +17,7 @@ from onnxprune.labels import analyse
 from onnxprune.labels.units import find_units
 from onnxprune.normalising.normalise import normalise
 from tests.conftest import MODELS
-from tests.graphs import random_cut
+from tests.graphs import graph, random_cut
 
 
 def test_two_cuts_compose_to_one_plan_for_the_baseline() -> None:
@@ -82,3 +83,28 @@ def test_the_oracle_refuses_the_plan_of_another_model() -> None:
     baseline = normalise(open_model(MODELS / "digits_mlp.onnx"))
     with pytest.raises(ModelError, match="lacks"):
         mask_oracle(baseline, baseline, Plan({"nothing": (Removal(1, 4, (0,)),)}))
+
+
+QUIET = """(float[N, 3, 8, 8] x, float[8, 3, 3, 3] w, float[8] b, float[2, 8, 1, 1] w2, float[2] b2) =>
+  (float[N, ?] y) {
+    h = Conv<pads: ints = [1, 1, 1, 1]>(x, w, b)
+    r = Relu(h)
+    z = Conv(r, w2, b2)
+    p = %s(z)
+    y = Flatten(p)
+}"""
+
+
+@pytest.mark.parametrize(("activation", "level"), [("Sigmoid", -200.0), ("Relu", -200.0), ("Tanh", 200.0)])
+def test_outputs_that_are_saturated_tell_a_cut_from_a_wrong_one(activation: str, level: float) -> None:
+    baseline = graph(QUIET % activation)
+    bias = baseline.graph.initializers["b2"]
+    bias.const_value = ir.tensor(np.full(2, level, np.float32), name="b2")
+    units = find_units(analyse(baseline))
+    pruned, plan = cut(units, random_cut(units, np.random.default_rng(0)))
+    check_cut(baseline, pruned, plan)
+    weight = pruned.graph.initializers["w2"].const_value
+    assert weight is not None
+    pruned.graph.initializers["w2"].const_value = ir.tensor(weight.numpy() * np.float32(1.5), name="w2")
+    with pytest.raises(ModelError, match="differs from the masked one"):
+        check_cut(baseline, pruned, plan)

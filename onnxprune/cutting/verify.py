@@ -27,6 +27,9 @@ from onnxprune.evaluating.evaluate import (
 from onnxprune.graph.shapes import add_initializer, dynamic_sizes
 from onnxprune.labels.pointwise import SUMS
 
+SATURATING = {"Sigmoid", "HardSigmoid", "Tanh", "Relu", "Clip"}  # whose outputs may all be the same, or rounding alone
+LAID_OUT = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"}  # the same numbers
+
 
 @dataclass(frozen=True)
 class OracleResult:
@@ -152,7 +155,8 @@ def _float_type(model: ir.Model) -> np.dtype[np.generic]:
 def mask_oracle(baseline: ir.Model, pruned: ir.Model, plan: Plan, seeds: tuple[int, ...] = (0, 1, 2)) -> OracleResult:
     """Compares the pruned model with the masked baseline on signed random inputs, one set for each seed.
 
-    Dynamic dimensions get other sizes from one seed to the next.
+    Dynamic dimensions get other sizes from one seed to the next. Outputs that come from an activation are compared
+    before it.
     """
     shapes = all_shapes(baseline)
     for node in baseline.graph:
@@ -167,11 +171,40 @@ def mask_oracle(baseline: ir.Model, pruned: ir.Model, plan: Plan, seeds: tuple[i
         if node.name in layers and layers[node.name] in removed:  # the sum is what is kept, and cut as that is
             removed[node.outputs[0].name or ""] = removed[layers[node.name]]
     open_nodes = compensate(masked, plan.inexact_nodes, removed, shapes)
-    masked, pruned = comparable_form(masked), comparable_form(pruned)
+    masked, pruned = _before_activations(comparable_form(masked), comparable_form(pruned))
     inputs = [random_inputs(baseline, seed, batch=None, walk=index % 2) for index, seed in enumerate(seeds)]
     sessions = [stand_in_session(model) if needed(masked, pruned) else None for model in (masked, pruned)]
     pairs = zip(run_on_all(masked, inputs, sessions[0]), run_on_all(pruned, inputs, sessions[1]), strict=True)
     return OracleResult(max((relative_difference(a, b) for a, b in pairs), default=0.0), plan.exact, tuple(open_nodes))
+
+
+def _before_activations(masked: ir.Model, pruned: ir.Model) -> tuple[ir.Model, ir.Model]:
+    """Both models with the values that go into saturating activations as outputs, instead of what comes out of them.
+
+    A detector that sees nothing says 0 everywhere, give or take the rounding of a sigmoid: whether what it saw is the
+    same can be told before it only.
+    """
+    models = [model.clone() for model in (masked, pruned)]
+    found = [[_activated(value) for value in model.graph.outputs] for model in models]
+    for index, activations in enumerate(zip(*found, strict=True)):
+        kinds = {node and node.op_type for node in activations}
+        for model, node in zip(models, activations, strict=True):
+            if node is not None and len(kinds) == 1:
+                source = node.inputs[0]
+                assert source is not None
+                seen = ir.node("Identity", [source], name=f"{node.name}.before")
+                seen.outputs[0].name, seen.outputs[0].type = seen.name, node.outputs[0].type
+                model.graph.insert_before(node, seen)
+                model.graph.outputs[index] = seen.outputs[0]
+    return models[0], models[1]
+
+
+def _activated(value: ir.Value) -> ir.Node | None:
+    """The saturating activation whose numbers a value holds."""
+    node = value.producer()
+    while node is not None and node.domain == "" and node.op_type in LAID_OUT and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node if node is not None and node.domain == "" and node.op_type in SATURATING else None
 
 
 def check_cut(before: ir.Model, after: ir.Model, plan: Plan) -> OracleResult:

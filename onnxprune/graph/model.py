@@ -65,6 +65,7 @@ def open_model(path: str | os.PathLike[str]) -> ir.Model:
             f"{file}: output {maps[0]!r} is a map, which isn't a tensor; export scikit-learn models with "
             "options={'zipmap': False}"
         )
+    _free_sizes(proto.graph)
     try:
         model = ir.from_proto(proto)
         external_data.set_base_dir(model.graph, str(file.parent))
@@ -80,6 +81,14 @@ def _check(file: Path) -> None:
     except (checker.ValidationError, RuntimeError) as error:
         if "No Op registered for" not in str(error):  # onnxruntime has operators of its own there; it will say
             raise ModelError(f"{file}: not a valid ONNX model: {_first_line(error)}; export it again") from error
+
+
+def _free_sizes(graph: onnx.GraphProto) -> None:
+    """Makes sizes of inputs and outputs that mean "any" dynamic: -1, and names that tell none apart, like "?"."""
+    for value in (*graph.input, *graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value < 0 or (dim.dim_param and not any(letter.isalnum() for letter in dim.dim_param)):
+                dim.Clear()
 
 
 def _unpack(model: ir.Model) -> None:
