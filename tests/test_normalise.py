@@ -120,3 +120,16 @@ def test_subgraphs_lock_what_they_use() -> None:
     onnx.checker.check_model(model)
     units = find_units(analyse(normalise(ir.from_proto(model))))
     assert not units.groups
+
+
+def test_sound_is_long() -> None:
+    """A stack of strides that leaves nothing of a sequence of a few hundred samples, as in wav2vec2."""
+    model = graph(
+        """(float[N, T] x, float[4, 1, 400] w, float[4, 4, 8] v) => (float[N, 4, M] y) {
+            axes = Constant<value_ints: ints = [1]>()
+            row = Unsqueeze(x, axes)
+            h = Conv<strides: ints = [160]>(row, w)
+            y = Conv<strides: ints = [4]>(h, v)
+        }"""
+    )
+    assert random_inputs(model, 0)["x"].shape[1] > 400 + 7 * 160

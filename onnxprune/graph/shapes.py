@@ -26,8 +26,10 @@ OTHER_SIZES = ((96, 128), (128, 160), (64, 160), (96, 160), (64, 224), (160, 192
 SCHEMES = (  # (do dynamic dimensions differ, times OTHER_SIZES, is every first one the batch): not all run at any size
     *((True, 1.0, True), (True, 1 / 8, True), (True, 1.0, False), (True, 1 / 8, False)),
     *((False, 1.0, True), (False, 1 / 8, True), (True, 1 / 16, True), (False, 1 / 16, True), (True, 2.0, True)),
+    (True, 64.0, True),
 )
 IMAGES_FIRST, SEQUENCES_FIRST = (0, 2, 1, 3, 4, 5, 6, 7, 8), (1, 3, 6, 5, 7, 0, 2, 4, 8)
+SIGNALS_FIRST = (9, *SEQUENCES_FIRST)
 CONTRIB = "com.microsoft"
 SAME = {  # operators of one input that decides the type and shape of their output
     *("BatchNormalization", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LayerNormalization"),
@@ -93,10 +95,15 @@ def dynamic_sizes(model: ir.Model, which: int) -> dict[str, int]:
 
 
 def schemes_to_try(model: ir.Model) -> Sequence[int]:
-    """The sizes to try, as indices of SCHEMES: those of images first where an input may be an image."""
+    """The sizes to try, as indices of SCHEMES: first those of images or of sound where an input may be that."""
     dynamic = [value for value in model.graph.inputs if any(not isinstance(dim, int) for dim in value.shape or ())]
-    images = any(len(value.shape or ()) >= 4 for value in dynamic[:1])
-    return () if not dynamic else IMAGES_FIRST if images else SEQUENCES_FIRST
+    if not dynamic:
+        return ()
+    first, shape = dynamic[0], list(dynamic[0].shape or ())
+    if len(shape) >= 4:
+        return IMAGES_FIRST
+    samples = len(shape) >= 2 and not isinstance(shape[-1], int) and all(dim == 1 for dim in shape[1:-1])
+    return SIGNALS_FIRST if samples and first.dtype is not None and first.dtype.is_floating_point() else SEQUENCES_FIRST
 
 
 def dim_name(value: ir.Value, axis: int) -> str:
