@@ -22,9 +22,8 @@ from scipy.stats import t
 from onnxprune.benchmarking.interleave import LEVELS, MOST_PARTS, WARM_UP, Rows, interleave, open_as
 from onnxprune.checks import check_option
 from onnxprune.errors import UsageError
-from onnxprune.evaluating.data import random_inputs
-from onnxprune.evaluating.evaluate import Batch, run_session, session_options
-from onnxprune.graph.model import external_files, open_model, open_session
+from onnxprune.evaluating.evaluate import Batch, inputs_to_time, run_session, session_options
+from onnxprune.graph.model import external_files, open_session
 
 
 @dataclass(frozen=True)
@@ -129,11 +128,12 @@ def bench_models(
     ):  # fmt: skip
         check_option(name, value, hint, least)
     full, paths = find_providers(providers), [Path(model) for model in models]
-    inputs, runtime = random_inputs(open_model(paths[0]), seed, batch, shapes=shapes), runtime or Runtime(threads)
+    inputs, runtime = inputs_to_time(paths[0], seed, batch, shapes), runtime or Runtime(threads)
+    sizes = {name: array.shape for name, array in inputs.items()}
     results = []
     for provider in full:
         rows, starts = _interleave(paths, provider, inputs, runtime, seconds, precision)
-        memory = [added_memory(path, provider, runtime.threads, batch, seed) for path in paths]
+        memory = [added_memory(path, provider, runtime.threads, batch, seed, sizes) for path in paths]
         results += results_of(paths, provider, rows, starts, memory)
     return results
 
@@ -162,10 +162,15 @@ def results_of(
 
 
 def time_models(
-    paths: Sequence[Path], provider: str = "cpu", threads: int | None = None, seconds: float = 5.0, seed: int = 0
+    paths: Sequence[Path],
+    provider: str = "cpu",
+    threads: int | None = None,
+    seconds: float = 5.0,
+    seed: int = 0,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> list[Comparison]:
     """How many times as fast as the first each model is, at batch size 1 where there is a choice."""
-    inputs = random_inputs(open_model(paths[0]), seed, 1)
+    inputs = inputs_to_time(paths[0], seed, 1, shapes)
     times, _ = _interleave(paths, find_providers([provider])[0], inputs, Runtime(threads), seconds)
     return [compare(times[0], row) for row in times]
 
@@ -205,7 +210,7 @@ def _node_events(
     path: Path, provider: str, runtime: Runtime, batch: int, runs: int, shapes: Mapping[str, Sequence[int]] | None
 ) -> list[dict[str, Any]]:
     """What the runtime's profile says of every node of every run, warm-up included."""
-    inputs = random_inputs(open_model(path), 0, batch, shapes=shapes)
+    inputs = inputs_to_time(path, 0, batch, shapes)
     with tempfile.TemporaryDirectory() as folder:
         options = _options(runtime)
         options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
@@ -278,7 +283,9 @@ def compare(first: NDArray[np.float64], other: NDArray[np.float64]) -> Compariso
     return Comparison(float(np.exp(mean)), float(np.exp(mean - error)), float(np.exp(mean + error)))
 
 
-def added_memory(path: Path, provider: str, threads: int | None, batch: int, seed: int) -> int:
+def added_memory(
+    path: Path, provider: str, threads: int | None, batch: int, seed: int, shapes: Mapping[str, Sequence[int]]
+) -> int:
     """Bytes that loading and running a model once adds to the memory of a process of its own; 0 if that fails."""
     command = [
         sys.executable,
@@ -289,6 +296,7 @@ def added_memory(path: Path, provider: str, threads: int | None, batch: int, see
         str(threads or 0),
         str(batch),
         str(seed),
+        json.dumps(shapes),
     ]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     return int(done.stdout) if done.returncode == 0 else 0

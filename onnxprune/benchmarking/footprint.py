@@ -5,6 +5,7 @@ A process of its own, and not one that multiprocessing spawns: that would import
 
 from __future__ import annotations
 
+import json
 import sys
 
 import psutil
@@ -16,8 +17,8 @@ from onnxprune.graph.model import open_model, open_session
 
 def main() -> None:
     """Prints the bytes that loading and running the model once adds to this process."""
-    path, provider, threads, batch, seed = sys.argv[1:6]
-    inputs = random_inputs(open_model(path), int(seed), int(batch))
+    path, provider, threads, batch, seed, shapes = sys.argv[1:7]
+    inputs = random_inputs(open_model(path), int(seed), int(batch), shapes=json.loads(shapes))
     process = psutil.Process()  # type: ignore[no-untyped-call,unused-ignore]
     before = process.memory_info().rss
     session = open_session(path, session_options(int(threads) or None), [provider])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,14 @@ INSIDE = 0.1  # share of the interval that the next trial keeps from either end
 SECONDS = 2.5  # of a benchmark that decides
 
 
-def time_share(uncut: Path, model: ir.Model, provider: str, threads: int | None) -> float:
-    """The median time of a model as a share of the uncut one's, on a provider; its batch is 1 where it has a choice."""
+def time_share(
+    uncut: Path, model: ir.Model, provider: str, threads: int | None, shapes: Mapping[str, Sequence[int]]
+) -> float:
+    """The median time of a model as a share of the uncut one's, on a provider, on inputs of these shapes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cut.onnx"
         save_model(finalise(model), path)
-        _, after = time_models([uncut, path], provider, threads, seconds=SECONDS)
+        _, after = time_models([uncut, path], provider, threads, seconds=SECONDS, shapes=shapes)
         return 1 / after.speedup
 
 

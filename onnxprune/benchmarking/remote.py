@@ -16,7 +16,7 @@ import numpy as np
 from onnxprune.benchmarking import interleave
 from onnxprune.benchmarking.bench import BenchResult, Runtime, results_of
 from onnxprune.errors import UsageError
-from onnxprune.evaluating.data import random_inputs
+from onnxprune.evaluating.evaluate import inputs_to_time
 from onnxprune.graph.files import write_json
 from onnxprune.graph.model import open_model, save_model
 
@@ -49,7 +49,7 @@ def write_bundle(
     models = [open_model(path) for path in paths]
     for model, name in zip(models, names, strict=True):
         save_model(model, folder / name)
-    np.savez(folder / "inputs.npz", **random_inputs(models[0], 0, batch, shapes=shapes))  # type: ignore[arg-type]
+    np.savez(folder / "inputs.npz", **inputs_to_time(paths[0], 0, batch, shapes))  # type: ignore[arg-type]
     settings = {"models": names, "providers": list(providers), "seconds": seconds, **asdict(runtime)}
     write_json(folder / "settings.json", settings)
 

@@ -114,6 +114,24 @@ def model_inputs(model: ir.Model) -> list[ir.Value]:
     return [value for value in model.graph.inputs if not value.is_initializer()]
 
 
+def check_samples(model: ir.Model) -> None:
+    """Raises `ModelError` where an input has no samples along its first axis, or not as many as the first input."""
+    values = model_inputs(model)
+    first = list(values[0].shape or ()) if values else []
+    for value in values:
+        shape = list(value.shape) if value.shape is not None else first
+        here, there = shape[:1], first[:1]
+        fixed = bool(here) and isinstance(here[0], int) and here != there
+        named = [str(dim.value) for dim in there if isinstance(dim, ir.SymbolicDim) and dim.value]
+        elsewhere = here != there and any(str(dim) in named for dim in shape[1:])
+        if not here or fixed or elsewhere:
+            raise ModelError(
+                f"input {value.name!r} of shape ({', '.join(map(str, shape))}) doesn't have one row for each sample of "
+                f"{values[0].name!r}: such a model can be cut by its weights ('onnxprune prune'), but not measured on "
+                "data"
+            )
+
+
 def check_data(
     arrays: Mapping[str, Array], model: ir.Model, source: str = "data", ignored: int | None = None
 ) -> Dataset:
@@ -121,6 +139,7 @@ def check_data(
 
     `labels` are those of the first output, `labels.NAME` those of another output, or what a loss of that input reads.
     """
+    check_samples(model)
     values = model_inputs(model)
     outputs = {value.name or "": value for value in model.graph.outputs}
     names = [value.name or "" for value in values]
@@ -254,7 +273,8 @@ def random_inputs(
 
 
 def random_dataset(model: ir.Model, count: int, seed: int) -> Dataset:
-    """Signed random samples without labels, for models that come without data."""
+    """Signed random samples without labels, for models that come without data. Raises as `check_samples` does."""
+    check_samples(model)
     batch = fixed_batch(model)
     if batch is None:
         return Dataset(random_inputs(model, seed, count), None)

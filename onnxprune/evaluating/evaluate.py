@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +15,10 @@ from onnx import TypeProto, helper
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 
 from onnxprune.errors import DataError, ModelError, UsageError
-from onnxprune.evaluating.data import IGNORED, Dataset, batches, fixed_batch, random_inputs
+from onnxprune.evaluating.data import IGNORED, Dataset, batches, fixed_batch, model_inputs, random_inputs
 from onnxprune.evaluating.sources import load_function
-from onnxprune.graph.model import open_session
-from onnxprune.graph.shapes import Shapes, infer_shapes, replace_node
+from onnxprune.graph.model import open_model, open_session
+from onnxprune.graph.shapes import SCHEME_KEY, SEQUENCES_FIRST, Shapes, infer_shapes, replace_node, schemes_to_try
 
 Array = NDArray[Any]
 Batch = Mapping[str, Array]
@@ -96,18 +97,75 @@ def run_session(session: InferenceSession, inputs: Batch) -> list[Array]:
         raise ModelError(f"onnxruntime failed to run the model: {str(error).splitlines()[0]}") from error
 
 
+def inputs_to_time(
+    path: str | os.PathLike[str], seed: int, batch: int, shapes: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Array]:
+    """Random inputs for a model in a file, of the first sizes of its dynamic dimensions that it runs at.
+
+    A normalised model knows those. `shapes` as for `random_inputs`. Raises `ModelError` when it runs at none.
+    """
+    model = open_model(path)
+    known, dynamic = SCHEME_KEY in model.metadata_props, list(schemes_to_try(model))
+    if known or not dynamic:
+        return random_inputs(model, seed, batch, shapes=shapes)
+    session, reason = open_session(model), ModelError("")
+    for scheme in dict.fromkeys([0, *dynamic] if dynamic[0] == SEQUENCES_FIRST[0] else dynamic):  # not the shortest
+        model.metadata_props[SCHEME_KEY] = str(scheme)
+        inputs = random_inputs(model, seed, batch, shapes=shapes)
+        try:
+            run_session(session, inputs)
+            return inputs
+        except ModelError as error:
+            reason = reason if str(reason) else error
+    raise reason
+
+
 def predict(model: ir.Model, data: Dataset, threads: int | None = None) -> list[Array]:
-    """All outputs of a model on a data set, in order. A model with a fixed batch gets its last batch filled up."""
+    """All outputs of a model on a data set, in order, with the samples along the first axis.
+
+    Of recurrent models, whose outputs may go by time first, they are moved there; what a model says of a batch of one
+    is a sample even without such an axis. A model with a fixed batch gets its last batch filled up.
+    """
     session = open_session(model, session_options(threads))
-    fixed = fixed_batch(model)
+    fixed, first = fixed_batch(model), next(iter(model_inputs(model)[0].shape or ()), None)
     parts: list[list[Array]] = []
     for batch in batches(data, fixed or BATCH):
         count = len(next(iter(batch.values())))
         if fixed is not None and count < fixed:
             batch = {name: np.concatenate([a, np.repeat(a[-1:], fixed - count, 0)]) for name, a in batch.items()}
-        outputs = run_session(session, batch)
-        parts.append([a[:count] if fixed is not None and a.ndim and len(a) == fixed else a for a in outputs])
-    return [np.concatenate(column) if column[0].ndim else np.stack(column) for column in zip(*parts, strict=True)]
+        size = fixed or count
+        made = zip(model.graph.outputs, run_session(session, batch), strict=True)
+        outputs = [_by_sample(value, array, size, first) for value, array in made]
+        parts.append([a[:count] if a.ndim and len(a) == size else a for a in outputs])
+    return [_joined(value, column) for value, column in zip(model.graph.outputs, zip(*parts, strict=True), strict=True)]
+
+
+def _by_sample(value: ir.Value, array: Array, size: int, first: Any) -> Array:
+    """An output of a batch of that size with its samples along the first axis, where one may be theirs.
+
+    `first` is the first dimension of the inputs: what is declared like it is taken before what only has the size.
+    """
+    declared: list[Any] = list(value.shape) if value.shape is not None else [None] * array.ndim
+    axes = [
+        axis
+        for axis, dim in enumerate(declared)
+        if array.shape[axis] == size and type(dim) in (type(first), type(None))
+    ]
+    axes.sort(key=lambda axis: declared[axis] != first)
+    if axes:
+        return np.moveaxis(array, axes[0], 0)
+    return array[None] if first == 1 and array.ndim else array
+
+
+def _joined(value: ir.Value, parts: Sequence[Array]) -> Array:
+    try:
+        return np.concatenate(parts) if parts[0].ndim else np.stack(parts)
+    except ValueError as error:
+        sizes = sorted({str(part.shape) for part in parts})
+        raise ModelError(
+            f"output {value.name!r} has another shape from batch to batch ({sizes[0]}, {sizes[-1]}), so models can't "
+            "be compared by it: end it before what decides how much it gives, or use 'onnxprune prune'"
+        ) from error
 
 
 def comparable_form(model: ir.Model) -> ir.Model:
@@ -239,9 +297,17 @@ def _by_function(name: str) -> Metric:
 
 
 def _cosine(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
-    """Mean over samples and outputs of the cosine between the pruned and the uncut model's outputs, times 100."""
-    values = []
-    for a, b in zip(outputs, reference, strict=True):
+    """Mean over samples and outputs of the cosine between the pruned and the uncut model's outputs, times 100.
+
+    Outputs that have another shape, as what is found differs, say nothing. Raises `ModelError` where all have.
+    """
+    values, pairs = [], [(a, b) for a, b in zip(outputs, reference, strict=True) if a.shape == b.shape]
+    if not pairs:
+        raise ModelError(
+            f"the outputs have other shapes than the uncut model's ({outputs[0].shape}, {reference[0].shape}), so "
+            "models can't be compared by them: end it before what decides how much it gives, or use 'onnxprune prune'"
+        )
+    for a, b in pairs:
         x, y = (np.asarray(v, np.float64).reshape(len(v) if v.ndim else 1, -1) for v in (a, b))
         norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
         same = (x == y).all(1)

@@ -16,7 +16,7 @@ from onnxprune.benchmarking.probe import CPU, Probe, probe
 from onnxprune.choosing.select import Rounding
 from onnxprune.choosing.sensitivity import load_sensitivity
 from onnxprune.cutting.plan import Plan, Reordering
-from onnxprune.evaluating.data import Dataset
+from onnxprune.evaluating.data import Dataset, model_inputs
 from onnxprune.evaluating.judge import Judge
 from onnxprune.labels.units import Units
 from onnxprune.progress import Listener
@@ -73,6 +73,16 @@ class Context:
     def allowed(self) -> float | None:
         """Points that may be lost: one when there is data and nothing else was asked; None when any may."""
         return 1.0 if self.options.max_drop is None and not self.targets else self.options.max_drop
+
+    @cached_property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the inputs that times are measured on: a sample of the data, or as many as the model wants."""
+        found = dict[str, tuple[int, ...]]()
+        for value in model_inputs(self.baseline):
+            name, first = value.name or "", (value.shape or [None])[0]
+            rest = self.judge.evaluation.inputs[name].shape[1:]
+            found[name] = (first if isinstance(first, int) else 1, *rest)
+        return found
 
     @cached_property
     def layers(self) -> int | Literal["auto"]:

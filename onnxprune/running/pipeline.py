@@ -398,7 +398,8 @@ class Run(Context):
             self._quantise(self.options.quantize)
         self.listener.stage("benchmarking before against after")
         paths = (self.source, self.output)
-        results = bench_models(paths, self.options.providers, self.options.threads, seconds=self.options.bench_seconds)
+        providers, threads, seconds = self.options.providers, self.options.threads, self.options.bench_seconds
+        results = bench_models(paths, providers, threads, seconds=seconds, shapes=self.sizes)
         latencies, memory, speedup = latency_sides(results)
         costs = costs_of(find_units(analyse(state.model)))
         verdicts = [self.judge.measure(open_model(path)) for path in paths]

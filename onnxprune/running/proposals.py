@@ -89,7 +89,7 @@ def _cut_to_time(
         if proposal is None:
             return None
         alive = survivors(units, scores, proposal["tau"], rounding_of(run, proposal))
-        share = time_share(run.source, cut(units, alive)[0], provider, run.options.threads)
+        share = time_share(run.source, cut(units, alive)[0], provider, run.options.threads, run.sizes)
         run.listener.progress(f"measuring a cut: {100 * share:.1f} % of the time", len(proposals) + 1, CORRECTIONS)
         proposals[proposal["tau"]] = proposal
         return proposal["tau"], share

@@ -79,7 +79,7 @@ def latency_sides(
 
 WIDTH_AT = {  # operator -> (input, axis) whose size is the width of the layer
     "Conv": (1, 0), "ConvTranspose": (1, 1), "Gemm": (1, 1), "MatMul": (1, -1),
-    "GRU": (2, 2), "LSTM": (2, 2), "RNN": (2, 2),
+    "ConvInteger": (1, 0), "MatMulInteger": (1, -1), "GRU": (2, 2), "LSTM": (2, 2), "RNN": (2, 2),
 }  # fmt: skip
 
 
