@@ -145,12 +145,9 @@ def _by_sample(value: ir.Value, array: Array, size: int, first: Any) -> Array:
 
     `first` is the first dimension of the inputs: what is declared like it is taken before what only has the size.
     """
-    declared: list[Any] = list(value.shape) if value.shape is not None else [None] * array.ndim
-    axes = [
-        axis
-        for axis, dim in enumerate(declared)
-        if array.shape[axis] == size and type(dim) in (type(first), type(None))
-    ]
+    declared = list(value.shape) if value.shape is not None else [first] * array.ndim
+    alike = [isinstance(dim, int) == isinstance(first, int) for dim in declared]
+    axes = [axis for axis, (like, found) in enumerate(zip(alike, array.shape, strict=False)) if like and found == size]
     axes.sort(key=lambda axis: declared[axis] != first)
     if axes:
         return np.moveaxis(array, axes[0], 0)
