@@ -7,9 +7,11 @@ model computes, to float rounding, wherever the plan is exact.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from onnxprune.cutting.compensate import compensate
 from onnxprune.cutting.plan import Plan
@@ -156,7 +158,7 @@ def mask_oracle(baseline: ir.Model, pruned: ir.Model, plan: Plan, seeds: tuple[i
     """Compares the pruned model with the masked baseline on signed random inputs, one set for each seed.
 
     Dynamic dimensions get other sizes from one seed to the next. Outputs that come from an activation are compared
-    before it.
+    together with what goes into it.
     """
     shapes = all_shapes(baseline)
     for node in baseline.graph:
@@ -171,32 +173,45 @@ def mask_oracle(baseline: ir.Model, pruned: ir.Model, plan: Plan, seeds: tuple[i
         if node.name in layers and layers[node.name] in removed:  # the sum is what is kept, and cut as that is
             removed[node.outputs[0].name or ""] = removed[layers[node.name]]
     open_nodes = compensate(masked, plan.inexact_nodes, removed, shapes)
-    masked, pruned = _before_activations(comparable_form(masked), comparable_form(pruned))
+    masked, pruned, sources = _with_sources(comparable_form(masked), comparable_form(pruned))
     inputs = [random_inputs(baseline, seed, batch=None, walk=index % 2) for index, seed in enumerate(seeds)]
     sessions = [stand_in_session(model) if needed(masked, pruned) else None for model in (masked, pruned)]
-    pairs = zip(run_on_all(masked, inputs, sessions[0]), run_on_all(pruned, inputs, sessions[1]), strict=True)
+    before, after = (run_on_all(*each) for each in zip((masked, pruned), (inputs, inputs), sessions, strict=True))
+    pairs = zip(_joined(before, sources), _joined(after, sources), strict=True)
     return OracleResult(max((relative_difference(a, b) for a, b in pairs), default=0.0), plan.exact, tuple(open_nodes))
 
 
-def _before_activations(masked: ir.Model, pruned: ir.Model) -> tuple[ir.Model, ir.Model]:
-    """Both models with the values that go into saturating activations as outputs, instead of what comes out of them.
+def _with_sources(masked: ir.Model, pruned: ir.Model) -> tuple[ir.Model, ir.Model, list[int]]:
+    """Both models with what goes into the activations that make their outputs as further outputs.
 
     A detector that sees nothing says 0 everywhere, give or take the rounding of a sigmoid: whether what it saw is the
-    same can be told before it only.
+    same can be told before it only. Returns for each output the index of that further one, or its own.
     """
     models = [model.clone() for model in (masked, pruned)]
     found = [[_activated(value) for value in model.graph.outputs] for model in models]
-    for index, activations in enumerate(zip(*found, strict=True)):
-        kinds = {node and node.op_type for node in activations}
-        for model, node in zip(models, activations, strict=True):
-            if node is not None and len(kinds) == 1:
-                source = node.inputs[0]
-                assert source is not None
-                seen = ir.node("Identity", [source], name=f"{node.name}.before")
-                seen.outputs[0].name, seen.outputs[0].type = seen.name, node.outputs[0].type
-                model.graph.insert_before(node, seen)
-                model.graph.outputs[index] = seen.outputs[0]
-    return models[0], models[1]
+    sources = list(range(len(found[0])))
+    for index, nodes in enumerate(zip(*found, strict=True)):
+        if None in nodes or len({node.op_type for node in nodes if node is not None}) > 1:
+            continue
+        sources[index] = len(models[0].graph.outputs)
+        for model, node in zip(models, nodes, strict=True):
+            assert node is not None
+            seen = ir.node("Identity", [node.inputs[0]], name=f"{node.name}.source{index}")
+            seen.outputs[0].name, seen.outputs[0].type = seen.name, node.outputs[0].type
+            model.graph.insert_before(node, seen)
+            model.graph.outputs.append(seen.outputs[0])
+    return models[0], models[1], sources
+
+
+def _joined(arrays: list[NDArray[Any]], sources: list[int]) -> list[NDArray[Any]]:
+    """The outputs of all runs, each in one with its source: both are as exact as the larger one's rounding."""
+    each = len(sources) + sum(source != index for index, source in enumerate(sources))
+    runs = [arrays[start : start + each] for start in range(0, len(arrays), each)]
+    return [
+        run[index] if source == index else np.concatenate([run[index].ravel(), run[source].ravel()])
+        for run in runs
+        for index, source in enumerate(sources)
+    ]
 
 
 def _activated(value: ir.Value) -> ir.Node | None:
