@@ -2,7 +2,8 @@
 
 The public names: `run` does everything; `prune` cuts once by weights; `inspect` says what could be cut and why the rest
 can't; `sensitivity` measures what each group costs; `apply` repeats a cut on other weights; `verify` checks one;
-`bench` times models against each other. Everything raised on purpose is an `OnnxPruneError`.
+`bench` times models against each other; `metric` says what a metric function of your own means. Everything raised on
+purpose is an `OnnxPruneError`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from onnxprune.errors import (
     TargetError,
     TrainingError,
     UsageError,
+    UselessError,
 )
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from onnxprune.choosing.select import Keep
     from onnxprune.choosing.sensitivity import Sensitivity, sensitivity
     from onnxprune.cutting.plan import Plan
+    from onnxprune.evaluating.metrics import metric
     from onnxprune.evaluating.sources import ImageOptions
     from onnxprune.running.options import RunOptions
     from onnxprune.running.pipeline import run
@@ -34,6 +37,7 @@ _HOMES = {  # imported when first used: the training worker must not load the us
     "Inspection": "api", "PruneResult": "api", "inspect": "api", "prune": "api",
     "apply": "api", "verify": "api", "Verification": "api", "Keep": "choosing.select",
     "BenchResult": "benchmarking.bench", "bench": "benchmarking.bench", "ImageOptions": "evaluating.sources",
+    "metric": "evaluating.metrics",
     "RunOptions": "running.options", "run": "running.pipeline", "Plan": "cutting.plan", "Report": "running.report",
     "Sensitivity": "choosing.sensitivity", "sensitivity": "choosing.sensitivity",
 }  # fmt: skip
@@ -54,10 +58,12 @@ __all__ = [
     "TargetError",
     "TrainingError",
     "UsageError",
+    "UselessError",
     "Verification",
     "apply",
     "bench",
     "inspect",
+    "metric",
     "prune",
     "run",
     "sensitivity",

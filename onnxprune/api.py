@@ -18,9 +18,8 @@ from onnxprune.choosing.layers import choose_layers, drop_layers, find_layers, f
 from onnxprune.choosing.select import Keep, Rounding, bounded, keep_best, survivors_by_share
 from onnxprune.cutting.cut import cut
 from onnxprune.cutting.plan import Plan, load_plan
-from onnxprune.cutting.verify import check_cut, mask_oracle
-from onnxprune.errors import ModelError, UsageError
-from onnxprune.evaluating.evaluate import tolerance
+from onnxprune.cutting.verify import Outcome, check_cut, mask_oracle
+from onnxprune.errors import DifferentError, ModelError, NotComparableError, UsageError
 from onnxprune.graph.files import sha256, write_json
 from onnxprune.graph.model import check_outputs, digest, open_model, save_model
 from onnxprune.labels import analyse
@@ -36,16 +35,22 @@ from onnxprune.training.forward import untrainable
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What one cut did: costs before and after, the plan, and whether the result was equal to the masked baseline.
+    """What one cut did: costs before and after, the plan, and what the comparison with the masked baseline says.
 
-    `compared` is False where nodes mix what was cut with what is left in a way that a mask can't show.
+    `check` is `equal` or `not comparable`, and `why` says what couldn't be compared; a different model isn't written.
     """
 
     macs: tuple[int, int]
     params: tuple[int, int]
     plan: Plan
     output: str
-    compared: bool
+    check: Outcome
+    why: str = ""
+
+    @property
+    def compared(self) -> bool:
+        """Whether everything could be compared, and was equal."""
+        return self.check == "equal"
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON; the plan itself is in its own file."""
@@ -58,6 +63,8 @@ class PruneResult:
             "exact": self.plan.exact,
             "inexact_nodes": list(self.plan.inexact_nodes),
             "compared": self.compared,
+            "check": self.check,
+            "why": self.why,
         }
 
 
@@ -137,7 +144,7 @@ def _finish(
     whole = find_units(analyse(normal)) if done.layers else units
     everything, before, after = np.ones(whole.count, bool), Cost(whole), Cost(units)
     macs, params = (before.macs(everything), after.macs(alive)), (before.params(everything), after.params(alive))
-    result = PruneResult(macs, params, done, str(output), checked.comparable)
+    result = PruneResult(macs, params, done, str(output), checked.outcome, checked.why)
     if baseline is not None:
         save_model(normal, Path(baseline))
     if plan is not None:
@@ -199,25 +206,34 @@ def _alive_by(plan: Plan, units: Units) -> Alive:
 
 @dataclass(frozen=True)
 class Verification:
-    """How far a pruned model is from its masked baseline, relative to the largest output, and how far it may be.
+    """Whether a pruned model equals its masked baseline: `equal`, `different` or `not comparable`, and why.
 
-    `inexact_nodes` mix what was cut with what is left; `open_nodes` are those among them that can't be compared: with
-    one of them, the difference says nothing.
+    `difference` is relative to the largest output, where both must agree, and `tolerance` what it may be. Behind
+    `open_nodes`, which mix what was cut with what is left, it is `open_difference`. `inexact_nodes` are all that mix.
     """
 
+    outcome: Outcome
     difference: float
     tolerance: float
     inexact_nodes: tuple[str, ...]
     open_nodes: tuple[str, ...]
+    open_difference: float
+    why: str
 
     @property
     def passed(self) -> bool:
-        """Whether both compute the same, as far as that can be told."""
-        return bool(self.open_nodes) or self.difference <= self.tolerance
+        """Whether both compute the same."""
+        return self.outcome == "equal"
+
+    @property
+    def exit_status(self) -> int:
+        """0 equal, 8 different, 9 not comparable."""
+        return {"equal": 0, "different": DifferentError.exit_status}.get(self.outcome, NotComparableError.exit_status)
 
     def to_json(self) -> dict[str, Any]:
         """The verification as JSON."""
-        return {**asdict(self), "passed": self.passed, "comparable": not self.open_nodes}
+        comparable = self.outcome != "not comparable"
+        return {**asdict(self), "passed": self.passed, "comparable": comparable, "exit_status": self.exit_status}
 
 
 def verify(
@@ -239,7 +255,10 @@ def verify(
     if owner != digest(before) and owner != sha256(Path(baseline)):
         raise UsageError(f"{plan} is the plan of another baseline: its model_sha256 isn't that of {baseline}")
     result = mask_oracle(before, after, wanted, tuple(seeds))
-    return Verification(result.difference, tolerance(before), wanted.inexact_nodes, result.open_nodes)
+    return Verification(
+        result.outcome, result.difference, result.allowed, wanted.inexact_nodes, result.open_nodes,
+        result.open_difference, result.why,
+    )  # fmt: skip
 
 
 def _share_of_all(units: Units, scores: np.ndarray[Any, Any], ratio: float, rounding: Rounding) -> np.ndarray[Any, Any]:

@@ -16,7 +16,7 @@ WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "
 def check_option(name: str, value: object, hint: Any, least: float | None = None) -> None:
     """Raises `UsageError` for a value that isn't what `hint` says, or is a number below `least`.
 
-    A hint is a class, a Literal, `tuple[X, ...]`, which any sequence but a string fits, or a union of them.
+    A hint is a class, a Literal, `tuple[X, ...]` or `tuple[X, Y]`, which sequences but strings fit, or a union of them.
     """
     option = f"--{name.replace('_', '-')} {value}"
     if not _fits(value, hint):
@@ -32,9 +32,11 @@ def _fits(value: object, hint: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str) and value in parts
     if origin is tuple:
-        return (
-            isinstance(value, Sequence) and not isinstance(value, str) and all(_fits(each, parts[0]) for each in value)
-        )
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            return False
+        if parts[-1] is not Ellipsis:
+            return len(value) == len(parts) and all(map(_fits, value, parts))
+        return all(_fits(each, parts[0]) for each in value)
     return isinstance(value, NUMBERS.get(hint, hint)) and (hint is bool or not isinstance(value, bool))
 
 
@@ -46,5 +48,7 @@ def _said(hint: Any) -> list[str]:
     if origin is Literal:
         return list(parts)
     if origin is tuple:
+        if parts[-1] is not Ellipsis:
+            return [f"({', '.join(' or '.join(_said(part)) for part in parts)})"]
         return [f"a list, each of it {' or '.join(_said(parts[0]))}"]
     return [WORDS.get(hint, f"a {hint.__name__}")]

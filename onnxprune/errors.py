@@ -38,3 +38,21 @@ class TrainingError(OnnxPruneError):
     """Training failed, or isn't available on this platform."""
 
     exit_status = 6
+
+
+class UselessError(OnnxPruneError):
+    """The result knows little more than a guess, and wasn't written."""
+
+    exit_status = 7
+
+
+class DifferentError(OnnxPruneError):
+    """What was compared is different."""
+
+    exit_status = 8
+
+
+class NotComparableError(OnnxPruneError):
+    """What was to be compared can't be."""
+
+    exit_status = 9

@@ -54,7 +54,7 @@ def test_a_run_on_arrays(tmp_path: Path) -> None:
         ("epochs", 1.5, "--epochs 1.5: give a whole number or nothing"),
         ("target_macs", "0.5", "--target-macs 0.5: give a number or nothing"),
         ("target_macs", 1.0, "--target-macs 1: give the share that may remain, between 0 and 1"),
-        ("max_drop", float("nan"), "--max-drop nan: give 0 or more"),
+        ("max_drop", float("nan"), "--max-drop nan: give a number of 0 or more"),
         (
             "initial_tau",
             "median",
@@ -113,7 +113,7 @@ def fails(outputs: list[np.ndarray], labels: np.ndarray) -> float:
         (
             np.zeros(20, np.float32),
             None,
-            r"shape \(4,\), the first output has shape \(4, 10\): give a number",
+            r"shape \(7,\), the first output has shape \(7, 10\): give a number",
         ),
         (np.zeros(20, np.int64), "mse", "give a number for each of the output's"),
         (np.zeros((20, 10), np.float32), "top1", "top1 wants one class index"),

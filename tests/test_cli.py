@@ -85,7 +85,7 @@ def test_without_data_accuracy_is_said_to_be_unmeasured(tmp_path: Path) -> None:
     assert result.status == 0
     assert "accuracy was not measured" in result.err and "not measured" in result.out
     report = json.loads((tmp_path / "out.onnxprune" / "report.json").read_text())
-    assert report["pruned"]["metric"] is None and 0 < report["pruned"]["fidelity"]["cosine"] < 100
+    assert report["pruned"]["metric"] is None and 0 < report["pruned"]["fidelity"]["fidelity"] < 1
     assert report["pruned"]["macs"] <= 0.75 * report["baseline"]["macs"]
     assert any("on noise" in note for note in report["notes"])
 
@@ -113,7 +113,7 @@ def test_unlabelled_data_is_enough(tmp_path: Path) -> None:
         "--epochs", 20, "--json", cwd=tmp_path,
     )  # fmt: skip
     assert result.status == 0, result.err
-    assert result.json["pruned"]["metric"]["name"] == "cosine"
+    assert result.json["pruned"]["metric"]["name"] == "fidelity"
     assert result.json["pruned"]["params"] <= 0.6 * result.json["baseline"]["params"]
     assert result.json["pruned"]["metric"]["value"] > 97
 
@@ -344,11 +344,13 @@ def test_training_that_is_not_available_says_what_works_without(tmp_path: Path) 
         "PIP_FIND_LINKS": "",
     }
     arguments = ["run", MODELS / "digits_mlp.onnx", "-o", "out.onnx", "--data", DIGITS, "--target-macs", 0.8]
-    result = call(*arguments, cwd=tmp_path, **cache)
+    result = call(*arguments, "--trainer", "ort", cwd=tmp_path, **cache)
     assert result.status == 6, result.err
     assert "--epochs 0" in result.err
     assert not (tmp_path / "out.onnx").exists()
-    assert call(*arguments, "--epochs", 0, cwd=tmp_path, **cache).status == 0
+    assert call(*arguments, "--epochs", 0, "--overwrite", cwd=tmp_path, **cache).status == 0
+    other = call(*arguments, "--epochs", 1, "--overwrite", cwd=tmp_path, **cache)
+    assert other.status == 0 and "as by --trainer graph" in other.err, other.err
 
 
 def test_inspect_says_what_can_go_and_why_the_rest_stays(tmp_path: Path) -> None:
@@ -503,5 +505,7 @@ def test_two_scopes_are_tried_and_the_better_is_kept(tmp_path: Path) -> None:
     contest = result.json["contest"]
     assert set(contest) == {"l2, global", "l2, gradual"}
     best = min(contest, key=contest.get).removeprefix("l2, ")
-    rounds = [each["rounds"][0] for each in (result.json, call(*arguments, "--scope", best, cwd=tmp_path).json)]
+    rounds = [
+        each["rounds"][0] for each in (result.json, call(*arguments, "--scope", best, "--overwrite", cwd=tmp_path).json)
+    ]
     assert rounds[0]["widths"] == rounds[1]["widths"]

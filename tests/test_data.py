@@ -11,7 +11,7 @@ from PIL import Image
 
 from onnxprune.errors import DataError
 from onnxprune.evaluating.data import check_data
-from onnxprune.evaluating.evaluate import find_metric
+from onnxprune.evaluating.metrics import find_metric
 from onnxprune.evaluating.sources import ImageOptions, load_data
 from onnxprune.graph.model import open_model
 from onnxprune.normalising.normalise import normalise

@@ -9,8 +9,8 @@ import pytest
 from onnxprune.benchmarking.bench import Runtime, bench_models, compare, find_providers, profile_model
 from onnxprune.errors import DataError, UsageError
 from onnxprune.evaluating.data import Dataset
-from onnxprune.evaluating.evaluate import find_metric
 from onnxprune.evaluating.judge import Judge
+from onnxprune.evaluating.metrics import find_metric
 from tests.conftest import MODELS
 from tests.graphs import graph
 
@@ -29,8 +29,8 @@ def test_metrics_of_classes(name: str | None, expected: float) -> None:
 
 
 def test_fidelity_metrics() -> None:
-    same = find_metric("cosine", LABELLED).compute([SCORES], None, [SCORES])
-    assert same == pytest.approx(100)
+    for name in ("fidelity", "cosine", "spearman"):
+        assert find_metric(name, LABELLED).compute([SCORES], None, [SCORES]) == pytest.approx(100)
     assert find_metric("kl", LABELLED).compute([SCORES], None, [SCORES]) == pytest.approx(0)
     p, q = (np.exp(s) / np.exp(s).sum(1, keepdims=True) for s in (OTHER, SCORES))
     expected = (p * np.log(p / q)).sum(1).mean()
@@ -51,7 +51,7 @@ def test_metrics_that_do_not_fit() -> None:
         find_metric("top1", Dataset(X, None))
     with pytest.raises(UsageError, match="known"):
         find_metric("bleu", LABELLED)
-    assert find_metric(None, Dataset(X, None)).name == "cosine"
+    assert find_metric(None, Dataset(X, None)).name == "fidelity"
 
 
 def test_a_slower_model_is_told_from_noise() -> None:

@@ -88,7 +88,7 @@ def test_a_round_that_almost_holds_is_tuned_for_as_long_again(
     asked: int | None, epochs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless the user has said how long."""
-    almost, trained = Verdict(value=98.0, drop=1.2, loss=0.1, cosine=99.0, error=0.5, most=1.2), list[int]()
+    almost, trained = Verdict(value=98.0, drop=1.2, loss=0.1, fidelity=0.99, error=0.5, most=1.2), list[int]()
     monkeypatch.setattr(Judge, "measure", lambda judge, model, limit=None: almost)
     monkeypatch.setattr(pipeline, "fine_tune", lambda *arguments, **given: trained.append(arguments[4].epochs))
     monkeypatch.setattr(pipeline, "prepare_trainer", lambda trainer, say: None)
@@ -219,7 +219,7 @@ def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
     run(tmp_path, target_macs=0.8)
     again = run(tmp_path, target_macs=0.8, resume=True)
     assert again.met
-    with pytest.raises(UsageError, match="options"):
+    with pytest.raises(UsageError, match=r"--target-macs 0.8 instead of 0.7"):
         run(tmp_path, target_macs=0.7, resume=True)
 
 

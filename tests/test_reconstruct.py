@@ -11,7 +11,8 @@ import pytest
 from onnxprune.cutting.cut import cut
 from onnxprune.cutting.plan import Plan
 from onnxprune.evaluating.data import random_inputs
-from onnxprune.evaluating.evaluate import find_metric, predict, relative_difference, run_model
+from onnxprune.evaluating.evaluate import predict, relative_difference, run_model
+from onnxprune.evaluating.metrics import find_metric
 from onnxprune.evaluating.sources import as_dataset
 from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse

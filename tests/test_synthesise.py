@@ -12,7 +12,8 @@ import onnxprune
 from onnxprune import RunOptions
 from onnxprune.cutting.cut import cut
 from onnxprune.evaluating.data import random_dataset
-from onnxprune.evaluating.evaluate import find_metric, predict
+from onnxprune.evaluating.evaluate import predict
+from onnxprune.evaluating.metrics import find_metric
 from onnxprune.evaluating.sources import as_dataset
 from onnxprune.graph.model import open_model
 from onnxprune.labels.units import prunable

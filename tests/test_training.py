@@ -21,8 +21,9 @@ import pytest
 from onnxprune.cutting.cut import cut
 from onnxprune.errors import DataError, TrainingError, UsageError
 from onnxprune.evaluating.data import Dataset, check_data, random_inputs
-from onnxprune.evaluating.evaluate import find_metric, log_probabilities, predict, relative_difference, run_model
+from onnxprune.evaluating.evaluate import predict, relative_difference, run_model
 from onnxprune.evaluating.judge import Judge
+from onnxprune.evaluating.metrics import find_metric, log_probabilities
 from onnxprune.evaluating.sources import load_data
 from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse
@@ -32,7 +33,7 @@ from onnxprune.training import Loss, Trainer, TrainingOptions, fine_tune, runtim
 from onnxprune.training.batches import augment
 from onnxprune.training.client import WorkerDiedError, choose_augmentation
 from onnxprune.training.forward import teacher_graph, trainable, training_graph, untrainable
-from onnxprune.training.losses import plan_loss, whole_features
+from onnxprune.training.losses import plan_loss, with_features
 from onnxprune.training.optimizer import AdamW, learning_rate
 from tests.conftest import MODELS, needs_training
 from tests.graphs import graph, random_cut
@@ -638,9 +639,9 @@ def test_inner_values_on_the_trunk_are_compared_where_nothing_was_cut() -> None:
     )
     whole, cut_inside, cut_all = (graph(text.format(*widths)) for widths in ((6, 7), (3, 7), (3, 2)))
     plan = plan_loss(whole, Dataset({}, None))
-    assert whole_features(whole, whole, plan) == ("s", "t")
-    assert whole_features(cut_inside, whole, plan) == ("s", "t")
-    assert whole_features(cut_all, whole, plan) == ("s",)
+    assert with_features(whole, whole, plan, 1.0, None).features == ("s", "t")
+    assert with_features(cut_inside, whole, plan, 1.0, None).features == ("s", "t")
+    assert with_features(cut_all, whole, plan, 1.0, None).features == ("s",)
     x = random_inputs(whole, seed=0, batch=2)["x"]
     compared = replace(plan, features=("s",), weight=1.0)
     teacher = run_model(teacher_graph(whole, compared), {"x": x})

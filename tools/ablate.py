@@ -21,7 +21,8 @@ import numpy as np
 from onnxprune.choosing.select import Rounding, tau_for
 from onnxprune.cutting.cut import cut
 from onnxprune.evaluating.data import Dataset
-from onnxprune.evaluating.evaluate import find_metric, predict
+from onnxprune.evaluating.evaluate import predict
+from onnxprune.evaluating.metrics import find_metric
 from onnxprune.evaluating.sources import ImageOptions, as_dataset
 from onnxprune.graph.model import open_model
 from onnxprune.labels.units import granularity_for, prunable

@@ -29,7 +29,8 @@ import onnxsim
 import onnxprune
 from onnxprune import RunOptions
 from onnxprune.evaluating.data import Dataset
-from onnxprune.evaluating.evaluate import find_metric, predict
+from onnxprune.evaluating.evaluate import predict
+from onnxprune.evaluating.metrics import find_metric
 from onnxprune.evaluating.sources import ImageOptions, as_dataset
 from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse

@@ -18,7 +18,8 @@ import numpy as np
 import onnxprune
 from onnxprune import RunOptions
 from onnxprune.evaluating.data import Dataset
-from onnxprune.evaluating.evaluate import find_metric, predict
+from onnxprune.evaluating.evaluate import predict
+from onnxprune.evaluating.metrics import find_metric
 from onnxprune.evaluating.sources import ImageOptions, as_dataset
 from onnxprune.graph.model import open_model
 from onnxprune.normalising.normalise import normalise

@@ -18,7 +18,8 @@ from typing import Any
 import onnxprune
 from onnxprune import RunOptions
 from onnxprune.benchmarking.bench import time_models
-from onnxprune.evaluating.evaluate import find_metric, predict
+from onnxprune.evaluating.evaluate import predict
+from onnxprune.evaluating.metrics import find_metric
 from onnxprune.evaluating.sources import load_data
 from onnxprune.exporting.quantise import quantise
 from onnxprune.graph.model import open_model

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxprune.evaluating.evaluate import METRICS, predict
+from onnxprune.evaluating.evaluate import predict
+from onnxprune.evaluating.metrics import METRICS
 from onnxprune.evaluating.sources import load_data
 from onnxprune.graph.model import open_model
 

@@ -20,13 +20,18 @@ SECONDS = 2.5  # of a benchmark that decides
 
 
 def time_share(
-    uncut: Path, model: ir.Model, provider: str, threads: int | None, shapes: Mapping[str, Sequence[int]]
+    uncut: Path,
+    model: ir.Model,
+    provider: str,
+    threads: int | None,
+    shapes: Mapping[str, Sequence[int]],
+    seconds: float = SECONDS,
 ) -> float:
     """The median time of a model as a share of the uncut one's, on a provider, on inputs of these shapes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cut.onnx"
         save_model(finalise(model), path)
-        _, after = time_models([uncut, path], provider, threads, seconds=SECONDS, shapes=shapes)
+        _, after = time_models([uncut, path], provider, threads, seconds=seconds, shapes=shapes)
         return 1 / after.speedup
 
 

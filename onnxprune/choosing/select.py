@@ -138,4 +138,32 @@ def tau_for(
         else:
             low = middle + 1
     tau = float(candidates[low])
-    return tau, survivors(units, scores, tau, rounding)
+    return tau, given_back(units, scores, survivors(units, scores, tau, rounding), rounding, fits)
+
+
+def given_back(units: Units, scores: Scores, alive: Alive, rounding: Rounding, fits: Callable[[Alive], bool]) -> Alive:
+    """What survives, and as much more as fits: whole blocks leave gaps below what was asked for.
+
+    The group whose best removed unit has the highest score is widened first, by its next step of rounding, until none
+    can be.
+    """
+    alive = alive.copy()
+    waiting = {index: group for index, group in enumerate(units.groups) if not alive[group.units].all()}
+    while waiting:
+        index = max(waiting, key=lambda each: _best_removed(waiting[each], scores, alive))
+        group = waiting[index]
+        wider = alive.copy()
+        wider[group.units] = True
+        keep_best(wider, group, scores, rounding.up(group, int(alive[group.units].sum()) + 1))
+        wider[scores == -np.inf] &= alive[scores == -np.inf]
+        if wider.sum() == alive.sum() or not fits(wider):
+            del waiting[index]
+            continue
+        alive = wider
+        if alive[group.units].all():
+            del waiting[index]
+    return alive
+
+
+def _best_removed(group: Group, scores: Scores, alive: Alive) -> float:
+    return float(scores[group.units[~alive[group.units]]].max())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -18,8 +19,8 @@ from onnxprune.choosing.select import keep_best
 from onnxprune.cutting.cut import cut
 from onnxprune.errors import UsageError
 from onnxprune.evaluating.data import Dataset
-from onnxprune.evaluating.evaluate import find_metric
 from onnxprune.evaluating.judge import Judge
+from onnxprune.evaluating.metrics import find_metric
 from onnxprune.evaluating.sources import ImageOptions, as_dataset
 from onnxprune.graph.model import open_model, save_model
 from onnxprune.labels.units import Units, prunable
@@ -143,7 +144,7 @@ def sensitivity(
         save_model(baseline, Path(folder) / "model.onnx")
         files = tuple((path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir()))
     task = Task(files, part, metric, criterion, seed, threads)
-    uncut = Judge(baseline, part, measured, threads, True).measure(baseline)
+    uncut = Judge(baseline, part, measured, threads, True).told().measure(baseline)
     found: list[Curve] = []
     for curve in _everywhere(task, len(units.groups), tuple(ratios), parallel):
         found.append(curve)
@@ -213,14 +214,15 @@ def measure_group(task: Task, index: int, ratios: tuple[float, ...]) -> Curve:
 
 
 def _prepared(task: Task) -> tuple[Units, Scores, Judge]:
-    key = (hash(task.files), len(task.data), task.metric, task.criterion, task.seed, task.threads)
+    files = tuple((name, hashlib.sha256(content).hexdigest()) for name, content in task.files)
+    key = (files, task.data.digest(), task.metric, task.criterion, task.seed, task.threads)
     if _PREPARED.get("key") != key:
         with tempfile.TemporaryDirectory() as folder:
             for name, content in task.files:
                 (Path(folder) / name).write_bytes(content)
             model = open_model(Path(folder) / "model.onnx")
             units = prunable(model, "the model")
-            judge = Judge(model, task.data, find_metric(task.metric, task.data), task.threads, True)
+            judge = Judge(model, task.data, find_metric(task.metric, task.data), task.threads, True).told()
             judge.measure(model, 1)  # everything is read while the files are there
             scores = score_units(units, task.criterion, task.seed)
         _PREPARED.update(key=key, value=(units, scores, judge))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -15,7 +14,7 @@ from onnxprune.cli.bench import bench_command
 from onnxprune.cli.doctor import doctor_command
 from onnxprune.cli.export import export_command
 from onnxprune.cli.inspect import inspect_command
-from onnxprune.cli.output import say
+from onnxprune.cli.output import print_json, prints_elsewhere, say
 from onnxprune.cli.probe import probe_command
 from onnxprune.cli.prune import prune_command
 from onnxprune.cli.run import run_command
@@ -32,7 +31,8 @@ def cli() -> None:
     """Makes trained ONNX models smaller and faster: prunes channels, heads and units, repairs and fine-tunes the rest.
 
     Exit status: 0 done; 2 usage; 3 the model can't be used; 4 the data can't be used; 5 no plan meets the targets;
-    6 training failed or isn't available; 130 interrupted.
+    6 training failed or isn't available; 7 the result is of no use and wasn't written; verify: 8 different, 9 not
+    comparable; 130 interrupted.
     """
 
 
@@ -48,11 +48,12 @@ for command in (
     export_command,
     doctor_command,
 ):
+    command.callback = prints_elsewhere()(command.callback)  # type: ignore[type-var]
     cli.add_command(command)
 
 
 def main() -> None:
-    """The entry point: runs a command and exits with its status. No traceback reaches the user."""
+    """Runs a command and exits with its status. No traceback reaches the user."""
     sys.exit(call(sys.argv[1:]))
 
 
@@ -63,11 +64,13 @@ def call(arguments: list[str]) -> int:
     except click.exceptions.Exit as request:
         return request.exit_code
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        say("interrupted")
-        return INTERRUPTED
+        usage = error.ctx.get_usage() if isinstance(error, click.UsageError) and error.ctx is not None else None
+        if usage is not None:
+            say(usage)
+        return _fail(arguments, error.format_message(), error.exit_code)
+    except (KeyboardInterrupt, click.Abort) as stop:
+        said = str(stop.__cause__ or "") if isinstance(stop, click.Abort) else str(stop)
+        return _fail(arguments, f"interrupted{': ' if said else ''}{said}", INTERRUPTED)
     except OnnxPruneError as error:
         return _fail(arguments, str(error), error.exit_status)
     except OSError as error:
@@ -80,7 +83,7 @@ def call(arguments: list[str]) -> int:
 
 
 def _fail(arguments: list[str], message: str, status: int) -> int:
-    say(f"error: {message}")
+    say(message if status == INTERRUPTED else f"error: {message}")
     if "--json" in arguments:
-        print(json.dumps({"error": message, "exit_status": status}))
+        print_json({"error": message, "exit_status": status})
     return status

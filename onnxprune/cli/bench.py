@@ -22,7 +22,7 @@ from onnxprune.benchmarking.interleave import LEVELS, ON_GPU
 from onnxprune.benchmarking.probe import CPU
 from onnxprune.benchmarking.remote import SCRIPT, bench_by_ssh, full_name, write_bundle
 from onnxprune.cli.options import PairType, ShapeType, with_json
-from onnxprune.cli.output import print_json, say, show
+from onnxprune.cli.output import PlainTable, print_json, say, show
 from onnxprune.errors import UsageError
 
 
@@ -128,7 +128,7 @@ COLUMNS = (
 
 
 def _results(results: Sequence[BenchResult], models: int) -> Table:
-    table = Table(title="interleaved runs on random inputs")
+    table = PlainTable("interleaved runs on random inputs")
     for name in COLUMNS:
         table.add_column(name, justify="left" if name in ("model", "provider") else "right")
     for index, result in enumerate(results):
@@ -142,7 +142,7 @@ def _results(results: Sequence[BenchResult], models: int) -> Table:
 
 
 def _profile(title: str, rows: list[OperatorTime]) -> Table:
-    table = Table(title=title)
+    table = PlainTable(title)
     for column in ("operator", "nodes", "ms a run", "share"):
         table.add_column(column, justify="left" if column == "operator" else "right")
     for row in rows:

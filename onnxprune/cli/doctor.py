@@ -6,10 +6,9 @@ from pathlib import Path
 
 import click
 import onnxruntime
-from rich.table import Table
 
 from onnxprune.cli.options import with_json
-from onnxprune.cli.output import print_json, say, show
+from onnxprune.cli.output import PlainTable, print_json, say, show
 from onnxprune.graph.model import is_loadable
 from onnxprune.running.report import versions
 from onnxprune.training import find_runtime, install_runtime, supported
@@ -43,7 +42,8 @@ def doctor_command(install_training: str | None, as_json: bool) -> int:
     if as_json:
         print_json(found)
         return 0
-    table = Table(title="onnxprune doctor", show_header=False)
+    table = PlainTable("onnxprune doctor")
+    table.show_header = False
     for name, version in versions().items():
         table.add_row(name, version)
     said = [name if loads else f"{name} (can't be loaded here)" for name, loads in providers.items()]

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from onnxprune.api import Inspection, inspect
 from onnxprune.cli.options import with_json
-from onnxprune.cli.output import print_json, say, show
+from onnxprune.cli.output import PlainTable, print_json, say, show
 
 HALF = 0.5
 
@@ -47,7 +47,7 @@ def inspect_command(model: Path, granularity: str, as_json: bool) -> int:
 
 
 def _groups(found: Inspection) -> Table:
-    table = Table(title=f"{len(found.groups)} groups that can be pruned")
+    table = PlainTable(f"{len(found.groups)} groups that can be pruned")
     for name, justify in (
         ("group", "left"),
         ("kind", "left"),
@@ -67,7 +67,7 @@ def _groups(found: Inspection) -> Table:
 
 
 def _layers(found: Inspection) -> Table:
-    table = Table(title=f"{len(found.layers)} layers that can be dropped")
+    table = PlainTable(f"{len(found.layers)} layers that can be dropped")
     table.add_column("layer")
     for name in ("parameters", "nodes"):
         table.add_column(name, justify="right")
@@ -85,7 +85,7 @@ def _by_reason(found: Inspection) -> list[tuple[str, int]]:
 
 
 def _locks(found: Inspection) -> Table:
-    table = Table(title="locked axes of parameters, by reason")
+    table = PlainTable("locked axes of parameters, by reason")
     for name in ("reason", "example", "locked by node"):
         table.add_column(name)
     for name in ("axes", "parameters along them"):

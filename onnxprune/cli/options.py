@@ -62,6 +62,19 @@ class PairType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return text
 
 
+class WeightType(PairType):
+    """OUTPUT=F"""
+
+    name = "weight"
+
+    def value_of(self, text: str, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The weight."""
+        try:
+            return float(text)
+        except ValueError:
+            self.fail(f"{text!r} is no number", param, ctx)
+
+
 class ShapeType(PairType):
     """INPUT=N,N…"""
 
@@ -124,6 +137,21 @@ IMAGE_OPTIONS = [
     click.option("--std", default="1", metavar="F[,F,F]", help="As --mean."),
     click.option("--size", type=int, nargs=2, metavar="H W", help="For folders of images: height and width."),
     click.option("--layout", type=click.Choice(["nchw", "nhwc"]), default="nchw", help="For folders of images."),
+    click.option("--channels", type=click.Choice(["rgb", "bgr"]), default="rgb", help="For folders of images."),
+    click.option(
+        "--crop",
+        type=float,
+        metavar="F",
+        help="For folders of images: scale, and cut out the middle, this share of the shorter side, such as 0.875.  "
+        "[default: squeeze to the size]",
+    ),
+    click.option(
+        "--label-order",
+        type=click.Choice(["names", "numbers"]),
+        default="names",
+        help="The class of a sub-folder: its place among the sorted names, or the number that is its name.",
+    ),
+    click.option("--label-offset", type=int, default=0, metavar="N", help="Added to the class of a sub-folder."),
 ]
 
 
@@ -151,4 +179,5 @@ def image_options(given: dict[str, Any]) -> ImageOptions:
         mean, std = (tuple(float(x) for x in given.pop(name).split(",")) for name in ("mean", "std"))
     except ValueError as error:
         raise UsageError(f"--mean and --std take numbers separated by commas: {error}") from error
-    return ImageOptions(mean, std, given.pop("size"), given.pop("layout"))
+    rest = ("size", "layout", "channels", "crop", "label_order", "label_offset")
+    return ImageOptions(mean, std, *(given.pop(name) for name in rest))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
+import unicodedata
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,37 +18,100 @@ from rich.table import Table
 
 from onnxprune.graph.files import finite
 from onnxprune.progress import Listener
-from onnxprune.running.report import Report, Side
+from onnxprune.running.report import Report, Side, decimals
 
+FIGURES = {  # what stands beside the metric
+    "fidelity": "spread of the outputs kept (fidelity)",
+    "agreement": "answers as before (agreement)",
+    "spearman": "similarities of samples kept (Spearman)",
+}
 QUIET_SECONDS = 15  # between lines when stderr is not a terminal
+
+
+def plain(text: str) -> str:
+    """Text of models, data and exceptions as it is to be shown: control characters are spelt out, text is text."""
+    return "".join(c if c in "\n\t" or not _controls(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def _controls(character: str) -> bool:
+    """Whether a character steers a terminal, or changes the direction of what stands beside it."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+class PlainTable(Table):
+    """A table whose text is never markup, emoji or terminal control."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(title=plain(title))
+
+    def add_row(self, *cells: str) -> None:  # type: ignore[override]
+        """Adds cells of plain text."""
+        super().add_row(*map(plain, cells))
+
+
+def _console(**given: Any) -> Console:
+    return Console(markup=False, emoji=False, highlight=False, **given)
+
+
+@contextlib.contextmanager
+def prints_elsewhere() -> Iterator[None]:
+    """What anything but this module prints goes to stderr, from child processes too: stdout holds the answer alone."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    sys.stdout.flush()
+    os.dup2(2, 1)
+    answers, OUT.file = OUT.file, os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors="replace")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            OUT.file.flush()
+        os.dup2(kept, 1)
+        with contextlib.suppress(BrokenPipeError):
+            OUT.file.close()
+        OUT.file = answers
+
+
+class Out:
+    """Where answers go."""
+
+    file: TextIO | None = None
+
+
+OUT = Out()
 
 
 def say(text: str) -> None:
     """A line on stderr."""
-    Console(stderr=True, soft_wrap=True).print(text, markup=False, highlight=False)
+    _console(stderr=True, soft_wrap=True).print(plain(text))
 
 
 def show(table: Table) -> None:
     """A table on stdout, not squeezed when that isn't a terminal."""
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    file = OUT.file or sys.stdout
+    _console(file=file, width=None if file.isatty() else 120).print(table)
 
 
 def print_json(content: Any) -> None:
     """One JSON object on stdout."""
-    print(json.dumps(finite(content)))
+    print(json.dumps(finite(content)), file=OUT.file or sys.stdout, flush=True)
 
 
 class TerminalListener(Listener):
     """Shows a bar with the time left on a terminal, and a line now and then elsewhere."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, soft_wrap=True)
+        self.console = _console(stderr=True, soft_wrap=True)
         self.live = sys.stderr.isatty()
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(20),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("left", markup=False),
             TimeRemainingColumn(),
         )
         self.bar = Progress(*columns, console=self.console, transient=True, disable=not self.live)
@@ -63,14 +130,14 @@ class TerminalListener(Listener):
     def stage(self, text: str) -> None:
         """A new step begins."""
         self._phase(text)
-        self.bar.update(self.task, description=text, total=None)
+        self.bar.update(self.task, description=plain(text), total=None)
         if not self.live:
             say(text)
 
     def progress(self, text: str, done: int, total: int) -> None:
         """The current step is `done` of `total`."""
         self._phase(text.split(",")[0])
-        self.bar.update(self.task, description=text, completed=done, total=total)
+        self.bar.update(self.task, description=plain(text), completed=done, total=total)
         now = time.monotonic()
         if not self.live and (now - self.told > QUIET_SECONDS or done == total):
             left = (now - self.started) / max(done, 1) * (total - done)
@@ -79,7 +146,7 @@ class TerminalListener(Listener):
 
     def note(self, text: str) -> None:
         """Something worth keeping on the screen."""
-        self.bar.console.print(text, markup=False, highlight=False)
+        self.bar.console.print(plain(text))
 
     def _phase(self, name: str) -> None:
         if name != self.phase:
@@ -94,7 +161,7 @@ def report_tables(report: Report) -> list[Table]:
 
 def before_after(report: Report) -> Table:
     """What was, what is, and the change."""
-    table = Table(title="before and after")
+    table = PlainTable("before and after")
     for name in ("", "before", "after", "change"):
         table.add_column(name, justify="left" if not name else "right")
     a, b = report.baseline, report.pruned
@@ -110,7 +177,7 @@ def before_after(report: Report) -> Table:
     for provider, before in a.latency_ms.items():
         after, ratio = b.latency_ms[provider], report.speedup[provider]
         name = provider.removesuffix("ExecutionProvider")
-        word = "faster" if ratio["speedup"] >= 1 else "as fast"
+        word = "faster" if ratio["low"] > 1 else "slower than it was" if ratio["high"] < 1 else "as fast"
         faster = f"{ratio['speedup']:.2f}x {word} ({ratio['low']:.2f} to {ratio['high']:.2f})"
         table.add_row(f"latency on {name}, ms, median", f"{before['median']:.3f}", f"{after['median']:.3f}", faster)
         table.add_row(f"latency on {name}, ms, p90", f"{before['p90']:.3f}", f"{after['p90']:.3f}", "")
@@ -121,13 +188,26 @@ def before_after(report: Report) -> Table:
 
 
 def _metric_rows(table: Table, report: Report, a: Side, b: Side) -> None:
+    """The metric before and after, and what else tells how near the answers are to the uncut model's."""
+    quality = report.quality
     if a.metric is not None and b.metric is not None:
-        change = b.metric["value"] - a.metric["value"]
-        table.add_row(a.metric["name"], f"{a.metric['value']:.2f}", f"{b.metric['value']:.2f}", f"{change:+.2f}")
+        before, after = a.metric["value"], b.metric["value"]
+        places = decimals(before, after)
+        table.add_row(a.metric["name"], f"{before:.{places}f}", f"{after:.{places}f}", f"{after - before:+.{places}f}")
+        if quality.guess is not None and quality.metric != "fidelity":
+            table.add_row("  a guess has", f"{quality.guess:.{places}f}", "", "")
     else:
         table.add_row("accuracy", "not measured", "not measured", "")
-    if a.metric is None or a.metric["name"] != "cosine":
-        table.add_row("cosine to the uncut outputs, %", "100.00", f"{b.fidelity['cosine']:.2f}", "")
+    for name, value in b.fidelity.items():
+        if (a.metric or {}).get("name") == name:
+            continue
+        if name == "kl":
+            table.add_row("KL to the uncut answers, nats", "0", f"{value:.{decimals(0, value)}f}", "")
+            continue
+        places = decimals(100, 100 * value)
+        table.add_row(f"{FIGURES[name]}, %", "100.00", f"{100 * value:.{places}f}", "")
+    if (noisy := quality.noise.get("fidelity")) is not None:
+        table.add_row("  with inputs off by their rounding", f"{100 * noisy:.{decimals(100, 100 * noisy)}f}", "", "")
 
 
 def share(before: float, after: float) -> str:
@@ -137,7 +217,7 @@ def share(before: float, after: float) -> str:
 
 def width_table(report: Report) -> Table:
     """Output channels of every layer; layers that kept all are only counted."""
-    table = Table(title="widths")
+    table = PlainTable("widths")
     for name in ("layer", "operator"):
         table.add_column(name)
     for name in ("before", "after"):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import click
-from rich.table import Table
 
 from onnxprune.benchmarking.bench import find_providers
 from onnxprune.benchmarking.probe import SPEED_WIDTHS, cache_file, probe
 from onnxprune.cli.options import with_json
-from onnxprune.cli.output import print_json, say, show
+from onnxprune.cli.output import PlainTable, print_json, say, show
 
 
 @click.command("probe", short_help="Measure what widths cost on this machine.")
@@ -23,7 +22,7 @@ def probe_command(ep: str, threads: int | None, fresh: bool, as_json: bool) -> i
     if as_json:
         print_json(found.to_json())
         return 0
-    table = Table(title=f"{found.machine}, {provider}, onnxruntime {found.onnxruntime}")
+    table = PlainTable(f"{found.machine}, {provider}, onnxruntime {found.onnxruntime}")
     for name in ("operators", "widths in steps of", *(f"MACs a ns at {width}" for width in SPEED_WIDTHS)):
         table.add_column(name, justify="left" if name == "operators" else "right")
     for kind, step in found.steps.items():

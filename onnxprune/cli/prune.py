@@ -10,7 +10,7 @@ from rich.table import Table
 
 from onnxprune.api import PruneResult, prune
 from onnxprune.cli.options import KEEP_OPTION, KINDS_OPTION, LAYERS_OPTION, PROTECT_OPTION, ROUND_TO, with_json
-from onnxprune.cli.output import print_json, say, share, show
+from onnxprune.cli.output import PlainTable, print_json, say, share, show
 from onnxprune.scoring.score import CRITERIA, SCOPES
 
 
@@ -52,7 +52,7 @@ def prune_command(model: Path, as_json: bool, **given: Any) -> int:
 def show_result(result: PruneResult) -> None:
     """What one cut did, and how it was checked."""
     show(costs_table(result))
-    checked = "equal to the masked model" if result.compared else f"inexact at {len(result.plan.inexact_nodes)} nodes"
+    checked = "equal to the masked model" if result.compared else f"not comparable with the masked model: {result.why}"
     if result.compared and not result.plan.exact:
         checked += f" with the means of {len(result.plan.inexact_nodes)} nodes taken over what is left"
     say(f"written: {result.output} (runs in onnxruntime; {checked}; not fine-tuned: accuracy was not measured)")
@@ -60,7 +60,7 @@ def show_result(result: PruneResult) -> None:
 
 def costs_table(result: PruneResult) -> Table:
     """MACs and parameters before and after one cut."""
-    table = Table(title="before and after")
+    table = PlainTable("before and after")
     for name in ("", "before", "after", "left"):
         table.add_column(name, justify="left" if not name else "right")
     table.add_row("MACs", *(f"{n:,}" for n in result.macs), share(*result.macs))

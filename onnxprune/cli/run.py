@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from onnxprune.choosing.threshold import INITIAL
 from onnxprune.cli.options import (
@@ -15,16 +16,18 @@ from onnxprune.cli.options import (
     LAYERS_OPTION,
     PROTECT_OPTION,
     ROUND_TO,
+    WeightType,
     image_options,
     options,
     with_json,
 )
 from onnxprune.cli.output import TerminalListener, print_json, report_tables, say, show
-from onnxprune.errors import TargetError
+from onnxprune.errors import UsageError
+from onnxprune.evaluating.metrics import NAMES
 from onnxprune.exporting.quantise import NUMBERS
 from onnxprune.running.options import RunOptions
 from onnxprune.running.pipeline import run
-from onnxprune.running.report import Report
+from onnxprune.running.report import Report, decimals
 from onnxprune.running.trials import DATA_CRITERIA
 from onnxprune.scoring.score import CRITERIA, SCOPES
 from onnxprune.training.losses import DISTANCE_KINDS, KINDS
@@ -54,9 +57,24 @@ RUN_OPTIONS = [
     ),
     click.option(
         "--max-drop",
+        metavar="P|P%",
+        help="What may be lost: points of the metric (of errors, their own unit), or P% of the uncut model's.  "
+        "[default: 1 point without a target; of errors a hundredth of what the best constant has more]",
+    ),
+    click.option(
+        "--floor",
         type=float,
-        metavar="P",
-        help="Points of the metric that may be lost.  [default: 1 without a target]",
+        default=0.5,
+        metavar="F",
+        help="Nothing is written below this share of what the uncut model has above guessing (exit status 7).",
+    ),
+    click.option("--force", is_flag=True, help="Write the result even below the floor."),
+    click.option(
+        "--weigh",
+        multiple=True,
+        type=WeightType(),
+        metavar="OUTPUT=F",
+        help="The weight of an output in fidelity, without labels; repeatable.  [default: 1]",
     ),
     click.option(
         "--rounds", type=int, metavar="N", help="Rounds of cutting and tuning.  [default: 1 to a target, else 6]"
@@ -87,7 +105,9 @@ RUN_OPTIONS = [
     click.option(
         "--round-to", type=ROUND_TO, default="auto", metavar="N|auto", help="Widths are rounded up to a multiple."
     ),
-    click.option("--metric", metavar="NAME", help="topK, mse, mae, cosine, kl, agreement or module:function."),
+    click.option(
+        "--metric", metavar="NAME", help=f"{', '.join(NAMES)}.  [default: top1, mse or fidelity, by the labels]"
+    ),
     click.option(
         "--controller",
         type=click.Choice(["bisect", "published"]),
@@ -123,7 +143,12 @@ RUN_OPTIONS = [
     click.option(
         "--run-dir", type=click.Path(path_type=Path), help="Where the run keeps its files.  [default: OUTPUT.onnxprune]"
     ),
-    click.option("--resume", is_flag=True, help="Go on with an interrupted run of the same command."),
+    click.option(
+        "--resume",
+        is_flag=True,
+        help="Go on with an interrupted run of the same command; with --run-dir nothing else is needed.",
+    ),
+    click.option("--overwrite", is_flag=True, help="Start anew in a run folder that holds a run already."),
 ]
 
 TRAINING_OPTIONS = [
@@ -148,7 +173,12 @@ TRAINING_OPTIONS = [
         metavar="F",
         help="Peak learning rate of AdamW, for weights of 0.1; others in proportion.  [default: by how many matrices]",
     ),
-    click.option("--batch", type=int, default=64, metavar="N", help="Samples of a training step, in shards of 32."),
+    click.option(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="Samples of a training step, in shards of 32.  [default: 64, of fewer than 4,000 samples down to 16]",
+    ),
     click.option(
         "--loss",
         multiple=True,
@@ -207,30 +237,61 @@ TRAINING_OPTIONS = [
 
 
 @click.command("run", short_help="Prune, repair, fine-tune, check and benchmark.")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path), required=False)
 @options(RUN_OPTIONS + TRAINING_OPTIONS + IMAGE_OPTIONS)
 @with_json
-def run_command(model: Path, as_json: bool, **given: Any) -> int:
+def run_command(model: Path | None, as_json: bool, **given: Any) -> int:
     """Prunes MODEL as far as the targets ask or the allowed drop permits, and fine-tunes what is left.
 
     With only --data: as small as one point of drop allows. Without data: to 75 % of the MACs, scored by weights.
     """
-    places = {name: given.pop(name) for name in ("output", "data", "eval_data", "run_dir", "resume")}
+    if model is None:
+        _check_alone()
+    places = {name: given.pop(name) for name in ("output", "data", "eval_data", "run_dir", "resume", "overwrite")}
     places |= {name: places[name] or None for name in ("data", "eval_data")}
     images = image_options(given)
     given["providers"] = tuple(given.pop("ep"))
     with TerminalListener() as listener:
         report = run(model, images=images, options=RunOptions(**given), listener=listener, **places)
     if as_json:
-        print_json({**report.to_json(), "exit_status": 0 if report.met else TargetError.exit_status})
+        print_json(report.to_json())
     else:
         for table in report_tables(report):
             show(table)
-    say(f"written: {report.pruned.path}; plan, report and baseline: {report.run_dir}")
+    say(conclusion(report))
+    return report.exit_status
+
+
+def _check_alone() -> None:
+    """Raises `UsageError` where more is said of a run to resume than its folder."""
+    context = click.get_current_context()
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+    ]
+    if not {"--resume", "--run-dir"} <= set(given):
+        raise UsageError("give a MODEL; or --resume and --run-dir FOLDER, to go on with the run of that folder")
+    if more := set(given) - {"--resume", "--run-dir", "--json"}:
+        raise UsageError(f"{sorted(more)[0]}: a run is resumed by its folder alone, or by its whole command with MODEL")
+
+
+def conclusion(report: Report) -> str:
+    """What was written, and what it is good for, in a line or two."""
+    quality = report.quality
+    if not quality.written:
+        return (
+            f"nothing was written: the result is of no use as it is. It keeps {100 * (quality.useful or 0):.0f} % of "
+            f"what the uncut model has above guessing, by {quality.metric}; {100 * (quality.floor or 0):.0f} % is the "
+            "floor. What helps: a milder target, more samples, fine-tuning (--epochs), --keep for what is sensitive "
+            f"('onnxprune sensitivity' tells), or --force. It lies in {report.pruned.path}"
+        )
+    said = f"written: {report.pruned.path}; plan, report and baseline: {report.run_dir}"
     if not report.met:
-        say(f"the targets were not met: {reached(report)}; the best accepted model was written")
-        return TargetError.exit_status
-    return 0
+        said += f"\nthe targets were not met: {reached(report)}; the best accepted model was written"
+    for why in report.unchecked:
+        said += f"\nthe cut could not be compared with the masked model: {why}"
+    return said + ("" if quality.measured else "\nits quality was not measured: give --data")
 
 
 def reached(report: Report) -> str:
@@ -240,7 +301,10 @@ def reached(report: Report) -> str:
         for name, entry in report.target["resources"].items()
     ]
     if report.target["max_drop"] is not None and report.target["drop"] is not None:
-        parts.append(f"drop {report.target['drop']:.2f} (allowed {report.target['max_drop']:g})")
+        drop, allowed = report.target["drop"], report.target["max_drop"]
+        parts.append(f"drop {drop:.{decimals(drop, allowed)}f} (allowed {allowed:g})")
     if report.pruned.macs == report.baseline.macs:
         parts.append("no cut was accepted")
+    if report.target["slower"]:
+        parts.append("it is slower than the uncut model here")
     return ", ".join(parts)

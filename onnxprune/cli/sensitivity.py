@@ -10,8 +10,9 @@ from rich.table import Table
 
 from onnxprune.choosing.sensitivity import RATIOS, SAMPLES, Sensitivity, check_plot, plot, sensitivity
 from onnxprune.cli.options import IMAGE_OPTIONS, image_options, options, with_json
-from onnxprune.cli.output import TerminalListener, print_json, say, show
+from onnxprune.cli.output import PlainTable, TerminalListener, print_json, say, show
 from onnxprune.errors import UsageError
+from onnxprune.evaluating.metrics import NAMES
 from onnxprune.graph.files import write_json
 from onnxprune.graph.model import check_outputs
 from onnxprune.scoring.score import CRITERIA
@@ -29,7 +30,7 @@ from onnxprune.scoring.score import CRITERIA
     "--ratios", default=",".join(map(str, RATIOS)), metavar="F,F…", help="Shares of a group's units to remove."
 )
 @click.option("--criterion", type=click.Choice(list(CRITERIA)), default="l2", help="How units are scored.")
-@click.option("--metric", metavar="NAME", help="topK, mse, mae, cosine, kl, agreement or module:function.")
+@click.option("--metric", metavar="NAME", help=", ".join(NAMES) + ".")
 @click.option("--samples", type=int, default=SAMPLES, metavar="N", help="Samples to measure on.")
 @click.option("--parallel", default="1", metavar="N|dask:HOST:PORT|ray:ADDRESS", help="Processes here, or a cluster.")
 @click.option("--seed", type=int, default=0, metavar="N", help="For --criterion random.")
@@ -63,7 +64,7 @@ def sensitivity_command(model: Path, output: Path | None, picture: Path | None, 
 
 def curves_table(found: Sensitivity) -> Table:
     """What each group costs by ratio, the dearest first."""
-    table = Table(title=f"points of {found.metric} lost when a share of one group goes")
+    table = PlainTable(f"points of {found.metric} lost when a share of one group goes")
     for name in ("group", "kind"):
         table.add_column(name)
     ratios = found.curves[0].ratios if found.curves else ()

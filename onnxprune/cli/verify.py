@@ -9,7 +9,6 @@ import click
 from onnxprune.api import verify
 from onnxprune.cli.options import with_json
 from onnxprune.cli.output import print_json, say
-from onnxprune.errors import ModelError
 
 
 @click.command("verify", short_help="Compare a pruned model with its masked baseline.")
@@ -22,18 +21,17 @@ def verify_command(baseline: Path, pruned: Path, plan: Path, seeds: int, as_json
     """Sets everything that PLAN removes to zero in BASELINE, and compares it with PRUNED on random inputs.
 
     BASELINE and PLAN come from `prune --baseline --plan`; a model that was fine-tuned since can't be equal. Exit status
-    3 when they differ.
+    0 equal, 8 different, 9 not comparable.
     """
     found = verify(baseline, pruned, plan, tuple(range(seeds)))
     if as_json:
         print_json(found.to_json())
-    elif found.open_nodes:
-        say(
-            f"inexact: {len(found.open_nodes)} nodes mix what was cut with what is left, so both needn't agree "
-            f"(relative difference {found.difference:.1e}), first {found.open_nodes[0]!r}"
-        )
-    elif found.passed:
-        say(f"equal: relative difference {found.difference:.1e}, allowed {found.tolerance:.0e}, {seeds} sets of inputs")
-    else:
-        say(f"different: relative difference {found.difference:.1e}, allowed {found.tolerance:.0e}")
-    return 0 if found.passed else ModelError.exit_status
+    said = (
+        f"relative difference {max(found.difference, 0.0):.1e}, allowed {found.tolerance:.0e}, {seeds} sets of inputs"
+    )
+    if found.outcome == "not comparable":
+        said = f"{found.why}; where both can be compared they are equal ({said})"
+    elif found.difference <= found.tolerance and found.outcome == "different":
+        said = f"{found.why}, more than the outputs' own size"
+    say(f"{found.outcome}: {said}")
+    return found.exit_status

@@ -6,8 +6,9 @@ model computes, to float rounding, wherever the plan is exact.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -25,30 +26,61 @@ from onnxprune.evaluating.evaluate import (
     run_model,
     run_on_all,
     tolerance,
+    total_form,
 )
 from onnxprune.graph.shapes import add_initializer, dynamic_sizes
 from onnxprune.labels.pointwise import SUMS
 
+BOUND = 1.0  # beside the largest output, of what differs behind nodes of which a mask shows nothing
 SATURATING = {"Sigmoid", "HardSigmoid", "Tanh", "Relu", "Clip"}  # whose outputs may all be the same, or rounding alone
 LAID_OUT = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast"}  # the same numbers
 
 
+Outcome = Literal["equal", "different", "not comparable"]
+
+
 @dataclass(frozen=True)
 class OracleResult:
-    """The largest relative difference found, and whether there should be none.
+    """The largest relative difference found, where both models must agree, and what that says.
 
-    `exact` says that the plan promises none. `comparable` that there should be none all the same: the means of the
-    masked model were taken over what is left. `open_nodes` are the inexact nodes for which that can't be done.
+    `exact` says that the plan promises none. `open_nodes` are the inexact nodes for which a mask shows nothing: behind
+    them models may differ by `open_difference`, at most as much as the outputs' own size. `unseen` are the outputs that
+    were nowhere finite. `allowed` is what rounding may make of equal models.
     """
 
     difference: float
     exact: bool
     open_nodes: tuple[str, ...] = ()
+    open_difference: float = 0.0
+    unseen: tuple[str, ...] = ()
+    allowed: float = 1e-4
+
+    @property
+    def outcome(self) -> Outcome:
+        """Equal, different, or not comparable: nothing differs, but not everything could be compared."""
+        if not self.difference <= self.allowed or not self.open_difference <= BOUND:
+            return "different"
+        return "not comparable" if self.open_nodes or self.unseen else "equal"
 
     @property
     def comparable(self) -> bool:
-        """Whether both models must agree."""
-        return not self.open_nodes
+        """Whether everything was compared."""
+        return not self.open_nodes and not self.unseen
+
+    @property
+    def why(self) -> str:
+        """What could not be compared, in words."""
+        parts = []
+        if self.open_nodes:
+            many = (
+                f"node {self.open_nodes[0]!r} mixes"
+                if len(self.open_nodes) == 1
+                else (f"{len(self.open_nodes)} nodes, first {self.open_nodes[0]!r}, mix")
+            )
+            parts.append(f"{many} what was cut with what is left (relative difference {self.open_difference:.1e})")
+        if self.unseen:
+            parts.append(f"output {self.unseen[0]!r} is nowhere finite on the inputs that were tried")
+        return "; ".join(parts)
 
 
 def masked_model(baseline: ir.Model, plan: Plan) -> ir.Model:
@@ -177,8 +209,58 @@ def mask_oracle(baseline: ir.Model, pruned: ir.Model, plan: Plan, seeds: tuple[i
     inputs = [random_inputs(baseline, seed, batch=None, walk=index % 2) for index, seed in enumerate(seeds)]
     sessions = [stand_in_session(model) if needed(masked, pruned) else None for model in (masked, pruned)]
     before, after = (run_on_all(*each) for each in zip((masked, pruned), (inputs, inputs), sessions, strict=True))
-    pairs = zip(_joined(before, sources), _joined(after, sources), strict=True)
-    return OracleResult(max((relative_difference(a, b) for a, b in pairs), default=0.0), plan.exact, tuple(open_nodes))
+    names, behind = [value.name or "" for value in baseline.graph.outputs], _behind(masked, set(open_nodes))
+    found = _compared(_joined(before, sources), _joined(after, sources), names)
+    if any(math.isnan(each) for each in found.values()) or _has_gaps(before):
+        again = [run_on_all(total_form(model), inputs) for model in (masked, pruned)]
+        total = _compared(_joined(again[0], sources), _joined(again[1], sources), names)
+        found = {name: _larger(found[name], total[name]) for name in names}
+    strict = [each for name, each in found.items() if name not in behind]
+    return OracleResult(
+        max((each for each in strict if not math.isnan(each)), default=0.0),
+        plan.exact,
+        tuple(open_nodes),
+        max((found[name] for name in behind if not math.isnan(found[name])), default=0.0),
+        tuple(name for name, each in found.items() if math.isnan(each)),
+        tolerance(baseline),
+    )
+
+
+def _compared(before: list[Any], after: list[Any], names: list[str]) -> dict[str, float]:
+    """The largest relative difference of each output over all runs; NaN where no number of it was finite."""
+    found = {}
+    for index, name in enumerate(names):
+        pairs = list(zip(before[index :: len(names)], after[index :: len(names)], strict=True))
+        worst = max(relative_difference(a, b) for a, b in pairs)
+        found[name] = worst if worst > 0 or any(_finite(a) for a, _ in pairs) else math.nan
+    return found
+
+
+def _finite(array: Any) -> bool:
+    """Whether an output holds anything that can be compared."""
+    return (
+        not isinstance(array, np.ndarray)
+        or array.dtype.kind not in "fc"
+        or not array.size
+        or bool(np.isfinite(array).any())
+    )
+
+
+def _has_gaps(arrays: list[Any]) -> bool:
+    return any(isinstance(a, np.ndarray) and a.dtype.kind in "fc" and not np.isfinite(a).all() for a in arrays)
+
+
+def _larger(one: float, other: float) -> float:
+    return other if math.isnan(one) else one if math.isnan(other) else max(one, other)
+
+
+def _behind(model: ir.Model, names: set[str]) -> set[str]:
+    """The outputs of a model that hang on one of the nodes of these names."""
+    reached = set[ir.Value]()
+    for node in model.graph:
+        if node.name in names or any(value in reached for value in node.inputs):
+            reached.update(node.outputs)
+    return {value.name or "" for value in model.graph.outputs if value in reached}
 
 
 def _with_sources(masked: ir.Model, pruned: ir.Model) -> tuple[ir.Model, ir.Model, list[int]]:
@@ -223,13 +305,13 @@ def _activated(value: ir.Value) -> ir.Node | None:
 
 
 def check_cut(before: ir.Model, after: ir.Model, plan: Plan) -> OracleResult:
-    """Raises `ModelError` when a cut doesn't run, or differs from the mask oracle where both must agree."""
+    """The oracle's result. Raises `ModelError` when a cut doesn't run, or differs from the masked model."""
     if not needed(before, after):
         run_model(after, random_inputs(after, seed=0, batch=None))  # as a user runs it, with all optimisations
     result = mask_oracle(before, after, plan, seeds=(0, 1) if dynamic_sizes(before, 0) else (0,))
-    if result.comparable and not result.difference <= tolerance(before):
+    if result.outcome == "different":
         raise ModelError(
-            f"the cut model differs from the masked one by {result.difference:.1e}, which is a fault of onnxprune: "
-            "nothing was written; please report the model"
+            f"the cut model differs from the masked one by {max(result.difference, result.open_difference):.1e}, which "
+            "is a fault of onnxprune: nothing was written; please report the model"
         )
     return result

@@ -1,10 +1,9 @@
-"""Running models with onnxruntime, and measuring how good they are."""
+"""Running models with onnxruntime, and how far two of them may differ."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -14,11 +13,18 @@ from numpy.typing import NDArray
 from onnx import TypeProto, helper
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 
-from onnxprune.errors import DataError, ModelError, UsageError
-from onnxprune.evaluating.data import IGNORED, Dataset, batches, fixed_batch, model_inputs, random_inputs
-from onnxprune.evaluating.sources import load_function
+from onnxprune.errors import ModelError
+from onnxprune.evaluating.data import Dataset, batches, fixed_batch, model_inputs, random_inputs
 from onnxprune.graph.model import open_model, open_session
-from onnxprune.graph.shapes import SCHEME_KEY, SEQUENCES_FIRST, Shapes, infer_shapes, replace_node, schemes_to_try
+from onnxprune.graph.shapes import (
+    SCHEME_KEY,
+    SEQUENCES_FIRST,
+    Shapes,
+    add_initializer,
+    infer_shapes,
+    replace_node,
+    schemes_to_try,
+)
 
 Array = NDArray[Any]
 Batch = Mapping[str, Array]
@@ -187,6 +193,36 @@ def comparable_form(model: ir.Model) -> ir.Model:
     return model
 
 
+def total_form(model: ir.Model) -> ir.Model:
+    """The same model with functions of half of the numbers, such as a square root, made functions of all of them.
+
+    Two models that agree so do the same with the same numbers, also where those would be NaN.
+    """
+    model = model.clone()
+    for node in list(model.graph):
+        if node.domain or node.op_type not in PARTIAL or node.inputs[0] is None:
+            continue
+        kind = node.inputs[0].dtype or node.outputs[0].dtype or ir.DataType.FLOAT
+        if not kind.is_floating_point():
+            continue
+        steps = [ir.node("Abs", [node.inputs[0]], name=f"{node.name}.size")]
+        for op, number in PARTIAL[node.op_type]:
+            constant = add_initializer(model, f"{node.name}.{op}", np.array(number, kind.numpy()))
+            steps.append(ir.node(op, [steps[-1].outputs[0], constant], name=f"{node.name}.{op}.done"))
+        for step in steps:
+            step.outputs[0].name = f"{step.name}.value"
+        model.graph.insert_before(node, steps)
+        node.replace_input_with(0, steps[-1].outputs[0])
+    return model
+
+
+PARTIAL: dict[str, tuple[tuple[str, float], ...]] = {  # what makes any number one that the function takes
+    "Log": (("Add", 1e-3),), "Sqrt": (), "Pow": (("Add", 1e-3),), "Reciprocal": (("Add", 1e-3),),
+    "Acosh": (("Add", 1.0),),
+    "Acos": (("Min", 1.0),), "Asin": (("Min", 1.0),), "Atanh": (("Min", 0.99),),
+}  # fmt: skip
+
+
 def tolerance(model: ir.Model) -> float:
     """How far two forms of a model may differ, relative to the largest output.
 
@@ -220,144 +256,3 @@ def relative_difference(expected: Any, found: Any) -> float:
         return 0.0
     scale = max(float(np.abs(a[finite]).max()), 1e-30)
     return float(np.abs(a[finite] - b[finite]).max()) / scale
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number for a model's outputs. `compute(outputs, labels, reference outputs of the uncut model)`."""
-
-    name: str
-    compute: Callable[[list[Array], Array | None, list[Array]], float]
-    higher_is_better: bool = True
-    needs_labels: bool = False
-
-    def drop(self, baseline: float, value: float) -> float:
-        """How many points were lost; negative when the value is better than the baseline."""
-        return baseline - value if self.higher_is_better else value - baseline
-
-
-def _rows(array: Array) -> NDArray[np.float64]:
-    """Class scores as (positions, classes)."""
-    return (
-        array.astype(np.float64).reshape(-1, array.shape[-1]) if array.ndim > 1 else array.astype(np.float64)[:, None]
-    )
-
-
-def _top(k: int) -> Callable[[list[Array], Array | None, list[Array]], float]:
-    def compute(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
-        scores, wanted = _rows(outputs[0]), np.ravel(labels if labels is not None else [])
-        if wanted.dtype.kind not in "iu" or len(wanted) != len(scores):
-            raise DataError(f"{_beside(outputs, labels)}: top{k} wants one class index (int64) for each row of scores")
-        scores, wanted = scores[wanted != IGNORED], wanted[wanted != IGNORED]
-        better = (scores > np.take_along_axis(scores, wanted[:, None], 1)).sum(1)
-        return float((better < k).mean() * 100)
-
-    return compute
-
-
-def _beside(outputs: list[Array], labels: Array | None) -> str:
-    """What doesn't fit, for a message."""
-    given = np.asarray(labels)
-    return f"array 'labels' is {given.dtype} of shape {given.shape}, the first output has shape {outputs[0].shape}"
-
-
-def _errors(outputs: list[Array], labels: Array | None) -> NDArray[np.float64]:
-    """The differences between what is and what should be, element by element."""
-    found, wanted = outputs[0].astype(np.float64).ravel(), np.ravel(np.asarray(labels, np.float64))
-    if len(found) != len(wanted):
-        raise DataError(f"{_beside(outputs, labels)}: give a number for each of the output's, or class indices (int64)")
-    return np.asarray(found - wanted)
-
-
-def _mse(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
-    return float(np.mean(np.square(_errors(outputs, labels))))
-
-
-def _mae(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
-    return float(np.mean(np.abs(_errors(outputs, labels))))
-
-
-def _by_function(name: str) -> Metric:
-    """A function of the user's."""
-    try:
-        function = load_function(name)
-    except DataError as error:
-        raise UsageError(f"--metric {error}") from error
-
-    def compute(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
-        try:
-            return float(function(outputs, labels))
-        except Exception as error:
-            raise UsageError(f"metric {name} failed: {type(error).__name__}: {error}") from error
-
-    return Metric(name, compute)
-
-
-def _cosine(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
-    """Mean over samples and outputs of the cosine between the pruned and the uncut model's outputs, times 100.
-
-    Outputs that have another shape, as what is found differs, say nothing. Raises `ModelError` where all have.
-    """
-    values, pairs = [], [(a, b) for a, b in zip(outputs, reference, strict=True) if a.shape == b.shape]
-    if not pairs:
-        raise ModelError(
-            f"the outputs have other shapes than the uncut model's ({outputs[0].shape}, {reference[0].shape}), so "
-            "models can't be compared by them: end it before what decides how much it gives, or use 'onnxprune prune'"
-        )
-    for a, b in pairs:
-        x, y = (np.asarray(v, np.float64).reshape(len(v) if v.ndim else 1, -1) for v in (a, b))
-        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-        same = (x == y).all(1)
-        values.append(np.where(same, 1.0, (x * y).sum(1) / np.maximum(norms, 1e-30)).mean())
-    return float(np.mean(values) * 100)
-
-
-def log_probabilities(scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Log-softmax of rows of scores; rows that are probabilities already only take the logarithm."""
-    if (scores >= 0).all() and np.allclose(scores.sum(-1), 1, atol=1e-3):
-        return np.asarray(np.log(np.maximum(scores, 1e-30)), np.float64)
-    shifted = scores - scores.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)), np.float64)
-
-
-def _kl(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
-    """Mean KL divergence from the uncut model's class probabilities, in nats."""
-    p, q = log_probabilities(_rows(reference[0])), log_probabilities(_rows(outputs[0]))
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
-
-
-def _agreement(outputs: list[Array], labels: Array | None, reference: list[Array]) -> float:
-    return float((_rows(outputs[0]).argmax(-1) == _rows(reference[0]).argmax(-1)).mean() * 100)
-
-
-METRICS = {
-    "mse": Metric("mse", _mse, higher_is_better=False, needs_labels=True),
-    "mae": Metric("mae", _mae, higher_is_better=False, needs_labels=True),
-    "cosine": Metric("cosine", _cosine),
-    "kl": Metric("kl", _kl, higher_is_better=False),
-    "agreement": Metric("agreement", _agreement),
-}
-
-
-def find_metric(name: str | None, data: Dataset) -> Metric:
-    """The metric of that name; by default top-1 accuracy, MSE for float labels, and cosine fidelity without labels.
-
-    `topK` is accuracy in percent; cosine and agreement are percent of the uncut model's outputs; `module:function` is
-    called with (outputs: list of arrays, labels) and returns a float where higher is better.
-    Raises `UsageError` for an unknown name, `DataError` when it needs labels and there are none.
-    """
-    if name is None:
-        if data.labels is None:
-            return METRICS["cosine"]
-        name = "mse" if data.labels.dtype.kind == "f" else "top1"
-    if ":" in name:
-        return _by_function(name)
-    if name.startswith("top") and name[3:].isdigit() and int(name[3:]) > 0:
-        metric = Metric(name, _top(int(name[3:])), needs_labels=True)
-    elif name in METRICS:
-        metric = METRICS[name]
-    else:
-        raise UsageError(f"no metric is called {name!r}; known: topK, {', '.join(METRICS)}, module:function")
-    if metric.needs_labels and data.labels is None:
-        raise DataError(f"metric {name} needs labels: add an array 'labels', or use cosine, kl or agreement")
-    return metric

@@ -29,18 +29,36 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How a folder of images becomes arrays: (pixels / 255 - mean) / std, resized to `size` (height, width)."""
+    """How a folder of images becomes arrays: (pixels / 255 - mean) / std, resized to `size` (height, width).
+
+    With `crop` the shorter side is resized to the size divided by it, and the middle is cut out; without, images are
+    squeezed to the size. `label_order` says which class a sub-folder is: its place among the sorted names, or the
+    number that is its name; `label_offset` is added to it.
+    """
 
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     size: tuple[int, int] | None = None
     layout: Literal["nchw", "nhwc"] = "nchw"
+    channels: Literal["rgb", "bgr"] = "rgb"
+    crop: float | None = None
+    label_order: Literal["names", "numbers"] = "names"
+    label_offset: int = 0
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(ImageOptions).items():
             check_option(name, getattr(self, name), hint)
         if not all(each > 0 for each in self.std):
             raise UsageError(f"--std {self.std}: give numbers above 0")
+        if self.crop is not None and not 0 < self.crop <= 1:
+            raise UsageError(f"--crop {self.crop:g}: give the share of the shorter side to keep, above 0 and at most 1")
+
+    def prepared(self, pixels: Array) -> Array:
+        """Images (N, height, width, channels) of 8 bits as the model is given them, float32."""
+        mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+        ordered = pixels[..., ::-1] if self.channels == "bgr" else pixels
+        images = ((ordered.astype(np.float32) / 255 - mean) / std).astype(np.float32)
+        return images.transpose(0, 3, 1, 2) if self.layout == "nchw" else images
 
 
 def load_data(
@@ -183,38 +201,100 @@ def _from_function(source: str) -> dict[str, Array]:
         raise DataError(f"{source}: {type(error).__name__}: {error}; it must return dicts of batched arrays") from error
 
 
-def _from_folder(path: Path, model: ir.Model, options: ImageOptions) -> dict[str, Array]:
-    value = model_inputs(model)[0]
-    classes = sorted(entry for entry in path.iterdir() if entry.is_dir())
-    files = [
-        (file, label)
-        for label, folder in enumerate(classes)
-        for file in sorted(folder.iterdir())
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if not files:
-        raise DataError(f"{path}: no images in sub-folders; put the images of each class into a folder of its own")
-    shape = list(value.shape or ())
-    first, second, channels = (2, 3, 1) if options.layout == "nchw" else (1, 2, 3)
-    size = options.size
-    if size is None and len(shape) == 4 and isinstance(shape[first], int) and isinstance(shape[second], int):
-        size = (int(str(shape[first])), int(str(shape[second])))
-    if size is None or len(shape) != 4:
-        raise DataError(f"{path}: the image size can't be read off input {value.name!r}; give --size HEIGHT WIDTH")
-    mode = "L" if shape[channels] == 1 else "RGB"
-    for name in ("mean", "std"):
-        if len(getattr(options, name)) not in (1, len(mode) if mode == "RGB" else 1):
-            raise UsageError(f"--{name}: give one number, or one for each channel of the images, which are {mode}")
-    mean, std = np.array(options.mean, np.float32), np.array(options.std, np.float32)
-    spool = Spool()
-    for file, _ in files:
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a folder, in order, and the names of the sub-folders they lie in; None for each without classes."""
+
+    path: Path
+    files: tuple[Path, ...]
+    classes: tuple[str, ...] | None
+    size: tuple[int, int]
+    mode: Literal["L", "RGB"]
+    input: str
+
+    @staticmethod
+    def of(path: Path, model: ir.Model, options: ImageOptions) -> ImageFolder:
+        """Looks through a folder. Sub-folders are classes, where there are two or more with images in them.
+
+        Hidden files and folders don't count. Raises `DataError` where there are no images, or their size can't be told.
+        """
+        value = model_inputs(model)[0]
+        folders = [entry for entry in sorted(path.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+        found = {folder.name: files for folder in folders if (files := _images_in(folder))}
+        flat = _images_in(path)
+        if len(found) < 2 or flat:
+            files = [*flat, *(file for each in found.values() for file in each)]
+            classes = None
+            if flat and len(found) > 1:
+                raise DataError(
+                    f"{path}: holds images beside sub-folders of images; are they classes or not? Part them"
+                )
+        else:
+            files = [file for each in found.values() for file in each]
+            classes = tuple(name for name, each in found.items() for _ in each)
+        if not files:
+            raise DataError(f"{path}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}), here or in sub-folders")
+        shape = list(value.shape or ())
+        first, second, channels = (2, 3, 1) if options.layout == "nchw" else (1, 2, 3)
+        size = options.size
+        if size is None and len(shape) == 4 and isinstance(shape[first], int) and isinstance(shape[second], int):
+            size = (int(str(shape[first])), int(str(shape[second])))
+        if size is None or len(shape) != 4:
+            raise DataError(
+                f"{path}: the image size can't be read off input {value.name!r} of shape {list(map(str, shape))}; give "
+                "--size HEIGHT WIDTH, or --layout nhwc where channels come last"
+            )
+        mode: Literal["L", "RGB"] = "L" if shape[channels] == 1 else "RGB"
+        for name in ("mean", "std"):
+            if len(getattr(options, name)) not in (1, len(mode)):
+                raise UsageError(f"--{name}: give one number, or one for each channel of the images, which are {mode}")
+        return ImageFolder(path, tuple(files), classes, size, mode, value.name or "")
+
+    def pixels(self, file: Path, crop: float | None) -> Array:
+        """One image, (1, height, width, channels), of 8 bits. Raises `DataError` for what can't be read."""
         try:
-            pixels = Image.open(file).convert(mode).resize((size[1], size[0]), Image.Resampling.BILINEAR)
-        except (OSError, UnidentifiedImageError) as error:
+            image = Image.open(file).convert(self.mode)
+            return np.asarray(_resized(image, self.size, crop), np.uint8).reshape(1, *self.size, -1)
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise DataError(f"{file}: not an image that can be read: {error}") from error
-        image = ((np.asarray(pixels, np.float32).reshape(1, *size, -1) / 255 - mean) / std).astype(np.float32)
-        spool.add(image.transpose(0, 3, 1, 2) if options.layout == "nchw" else image)
-    return {value.name or "": spool.array(), "labels": np.array([label for _, label in files], np.int64)}
+
+    def labels(self, options: ImageOptions) -> Array | None:
+        """The class of each image; None without classes. Raises `UsageError` for names that are no numbers."""
+        if self.classes is None:
+            return None
+        if options.label_order == "numbers":
+            if wrong := [name for name in self.classes if not name.isdecimal()]:
+                raise UsageError(f"--label-order numbers: {self.path / wrong[0]} is not named by a number")
+            return np.array([int(name) for name in self.classes], np.int64) + options.label_offset
+        order = {name: index for index, name in enumerate(sorted(set(self.classes)))}
+        return np.array([order[name] for name in self.classes], np.int64) + options.label_offset
+
+
+def _images_in(folder: Path) -> list[Path]:
+    visible = (file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("."))
+    return [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def _resized(image: Image.Image, size: tuple[int, int], crop: float | None) -> Image.Image:
+    """An image squeezed to (height, width); or scaled, and its middle cut out."""
+    height, width = size
+    if crop is None:
+        return image.resize((width, height), Image.Resampling.BILINEAR)
+    scale = max(round(height / crop) / image.height, round(width / crop) / image.width)
+    scaled = image.resize(
+        (max(width, round(image.width * scale)), max(height, round(image.height * scale))), Image.Resampling.BILINEAR
+    )
+    left, top = (scaled.width - width) // 2, (scaled.height - height) // 2
+    return scaled.crop((left, top, left + width, top + height))
+
+
+def _from_folder(path: Path, model: ir.Model, options: ImageOptions) -> dict[str, Array]:
+    folder = ImageFolder.of(path, model, options)
+    spool = Spool()
+    for file in folder.files:
+        spool.add(options.prepared(folder.pixels(file, options.crop)))
+    labels = folder.labels(options)
+    return {folder.input: spool.array(), **({} if labels is None else {"labels": labels})}
 
 
 def as_dataset(

@@ -9,7 +9,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxprune.evaluating.data import Dataset, batches, fixed_batch
-from onnxprune.evaluating.evaluate import BATCH, METRICS, predict, run_session, session_options
+from onnxprune.evaluating.evaluate import BATCH, predict, run_session, session_options
+from onnxprune.evaluating.metrics import fidelity
 from onnxprune.graph.model import open_session
 
 SAMPLES = 1024
@@ -55,13 +56,12 @@ def undo_if_worse(
 ) -> bool:
     """Gives a model its weights `before` a repair back, in place, if the repair took it further from the `whole` model.
 
-    Measured by the cosine of the outputs on the first samples of `data`. Returns whether that was so.
+    Measured by the outputs' fidelity on the first samples of `data`. Returns whether that was so.
     """
     part = data.take(slice(0, PROBED))
     wanted, old, new = (predict(each, part, threads) for each in (whole, before, model))
-    cosine = METRICS["cosine"].compute
-    repaired = cosine(new, None, wanted)
-    if np.isfinite(repaired) and not repaired < cosine(old, None, wanted):
+    repaired = fidelity(new, wanted)
+    if np.isfinite(repaired) and not repaired < fidelity(old, wanted):
         return False
     for name, value in before.graph.initializers.items():
         model.graph.initializers[name].const_value = value.const_value

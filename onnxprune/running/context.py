@@ -22,10 +22,10 @@ from onnxprune.labels.units import Units
 from onnxprune.progress import Listener
 from onnxprune.repairing.reconstruct import reconstruct
 from onnxprune.repairing.repair import reestimate_batch_norm, undo_if_worse
-from onnxprune.running.options import RESOURCES, RunOptions
+from onnxprune.running.options import RESOURCES, Allowance, RunOptions
 from onnxprune.scoring.cost import Alive, Cost
 from onnxprune.scoring.score import Origin, origin_of
-from onnxprune.training.client import choose_augmentation
+from onnxprune.training.client import BATCH, choose_augmentation
 from onnxprune.training.runtime import Trainer, has_cuda
 
 WITHOUT_DATA = 0.75  # share of the MACs to keep when nothing can be measured
@@ -40,11 +40,15 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class State:
-    """What is accepted so far: a model, the plan that leads to it from the baseline, and whether it was fine-tuned."""
+    """What is accepted so far: a model, the plan that leads to it from the baseline, and whether it was fine-tuned.
+
+    `useful` is how much is left of what the uncut model has above guessing.
+    """
 
     model: ir.Model
     plan: Plan
     tuned: bool = False
+    useful: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,19 @@ class Context:
 
     @cached_property
     def allowed(self) -> float | None:
-        """Points that may be lost: one when there is data and nothing else was asked; None when any may."""
-        return 1.0 if self.options.max_drop is None and not self.targets else self.options.max_drop
+        """How much of the metric may be lost, in its unit; None when any may.
+
+        When there is data and nothing else was asked, that is a hundredth of the metric's scale; of an error, which has
+        none, a hundredth of what lies between the uncut model and the best constant answer.
+        """
+        asked, metric = Allowance.of(self.options.max_drop), self.judge.metric
+        if asked is not None:
+            return asked.within(self.judge.uncut, metric.scale)
+        if self.targets:
+            return None
+        if metric.scale is not None or self.judge.guess is None:
+            return Allowance(1.0).within(self.judge.uncut, metric.scale)
+        return metric.drop(self.judge.uncut, self.judge.guess) / 100
 
     @cached_property
     def sizes(self) -> dict[str, tuple[int, ...]]:
@@ -100,12 +115,12 @@ class Context:
             return self.options.epochs
         if self.options.minutes is not None:
             return ENDLESS
-        return int(np.clip(round(STEPS_A_ROUND * self.options.batch / len(self.train)), 2, 60))
+        return int(np.clip(round(STEPS_A_ROUND * (self.options.batch or BATCH) / len(self.train)), 2, 60))
 
     @cached_property
     def trainer(self) -> Trainer:
         """What trains: a GPU by itself where there is one and a step is long enough for it."""
-        long = self.base_costs["macs"] * self.options.batch >= WORTH_A_GPU
+        long = self.base_costs["macs"] * (self.options.batch or BATCH) >= WORTH_A_GPU
         return "cuda" if self.options.trainer == "auto" and long and has_cuda() else self.options.trainer
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_type_hints
 
@@ -18,19 +19,51 @@ from onnxprune.training.losses import Loss
 from onnxprune.training.runtime import Trainer
 
 Controller = Literal["bisect", "published"]
+Weight = tuple[str, float]
 RESOURCES = ("macs", "params", "size", "latency")
 LEAST = {  # what numbers must be at least
     "rounds": 1, "round_to": 1, "threads": 1, "batch": 1, "memory": 1, "stop_after": 1, "epochs": 0, "sparsify": 0,
-    "layers": 0, "seed": 0, "max_drop": 0, "features": 0, "mix": 0,
+    "layers": 0, "seed": 0, "features": 0, "mix": 0,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """What may be lost: `amount` in points or in an error's unit, or relative to the uncut model's metric."""
+
+    amount: float
+    relative: bool = False
+
+    @staticmethod
+    def of(asked: float | str | None) -> Allowance | None:
+        """What `--max-drop` says. Raises `UsageError` for what isn't a number of 0 or more, or one with a `%`."""
+        if asked is None:
+            return None
+        text = str(asked).strip()
+        try:
+            amount = float(text.removesuffix("%"))
+        except ValueError:
+            amount = math.nan
+        if not (math.isfinite(amount) and amount >= 0):
+            raise UsageError(f"--max-drop {asked}: give a number of 0 or more, or one with a % sign, such as 2%")
+        return Allowance(amount / 100, True) if text.endswith("%") else Allowance(amount)
+
+    def within(self, uncut: float, scale: float | None) -> float:
+        """What may be lost, in the metric's unit."""
+        if self.relative:
+            return self.amount * abs(uncut)
+        return self.amount if scale is None else self.amount * scale / 100
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """Everything that decides a run's result besides the model and the data.
 
-    Targets are shares that may remain (0.5 = half); `max_drop` is in points of the metric; `round_to` None is
-    automatic, `rounds`, `layers`, `epochs` and `lr` None are chosen by the run; `prior` is what `sensitivity` wrote.
+    Targets are shares that may remain (0.5 = half). `max_drop` is what may be lost: a number is points, hundredths of
+    the metric's scale, or for errors in their own unit; "2%" is relative to the uncut model's. Below `floor`, the share
+    of what the uncut model has above guessing, nothing is handed over, unless `force` is set. `weigh` has weights of
+    outputs in fidelity, by name. `round_to` None is automatic, `rounds`, `layers`, `epochs`, `batch` and `lr` None are
+    chosen by the run; `prior` is what `sensitivity` wrote.
     `minutes` end the fine-tuning of all rounds together, `sparsify` is epochs before each cut in which what goes fades.
     `memory` bounds, in MB, what repair holds beside models and runtime; None is 2048. `quantize` makes the numbers of
     the result smaller, unless that costs more than may be lost.
@@ -41,7 +74,10 @@ class RunOptions:
     target_params: float | None = None
     target_size: float | None = None
     target_latency: float | None = None
-    max_drop: float | None = None
+    max_drop: float | str | None = None
+    floor: float = 0.5
+    force: bool = False
+    weigh: tuple[Weight, ...] = ()
     rounds: int | None = None
     epochs: int | None = None
     minutes: float | None = None
@@ -78,13 +114,19 @@ class RunOptions:
     stop_after: int | None = None
     freeze: tuple[str, ...] = ()
     batch_statistics: bool = False
-    batch: int = 64
+    batch: int | None = None
     bench_seconds: float = 4.0
     quantize: Numbers | None = None
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(RunOptions).items():
             check_option(name, getattr(self, name), hint, LEAST.get(name))
+        for name, share in self.weigh:
+            if not (math.isfinite(share) and share >= 0):
+                raise UsageError(f"--weigh {name}={share:g}: give a weight of 0 or more")
+        Allowance.of(self.max_drop)
+        if not self.floor <= 1:
+            raise UsageError(f"--floor {self.floor:g}: give a share of at most 1; 0 is what guessing has")
         for name, value in self.targets.items():
             if not 0 < value < 1:
                 raise UsageError(f"--target-{name} {value:g}: give the share that may remain, between 0 and 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import takewhile
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from onnxprune.benchmarking.bench import find_providers
 from onnxprune.benchmarking.latency import CORRECTIONS, correct, time_share
+from onnxprune.benchmarking.probe import block_size
 from onnxprune.choosing.select import Rounding, above_all, survivors, tau_for
 from onnxprune.choosing.threshold import (
     EVALUATIONS,
@@ -28,8 +30,9 @@ from onnxprune.graph.files import memoised
 from onnxprune.labels.units import Units
 from onnxprune.running.context import ROUNDS, Context, Proposal, Record, State
 from onnxprune.running.trials import PROBE_SAMPLES, scored
-from onnxprune.scoring.cost import Cost
+from onnxprune.scoring.cost import Alive, Cost
 
+SLOWER, CHECK_SECONDS = 1.02, 0.8  # share of the uncut time that isn't chance, and how long it is measured
 MEASURED = ("drop_counted", "loss", "drop_before_tuning")
 
 
@@ -38,8 +41,8 @@ def propose(run: Context, state: State, records: list[Record]) -> Proposal | Non
     history = [outcome_of(record) for record in records]
     if run.targets:
         aim = next_progress(run.options.rounds or 1, history, run.options.schedule)
-        if aim is None:
-            return None
+        if aim is None or (records and records[-1]["accepted"] and records[-1]["out_of_reach"]):
+            return None  # done, or as narrow as can be
         compute = lambda: _cut_to(run, state, aim)  # noqa: E731
     else:
         failures = sum(not outcome.accepted for outcome in history)
@@ -57,19 +60,51 @@ def _cut_to(run: Context, state: State, aim: float) -> Proposal:
     shares = {name: target**aim for name, target in run.targets.items()}
     measures = Cost(units, run.target).measures
 
-    def cut_to(wanted: Mapping[str, float]) -> Proposal | None:
+    def cut_to(wanted: Mapping[str, float], first: Rounding = rounding) -> Proposal | None:
         limits = {name: share * run.base_costs[name] for name, share in wanted.items()}
-        for attempt in (rounding, Rounding(1)):  # where whole blocks can't meet the target, ragged widths may
+        for attempt in (first, Rounding(1)):  # where whole blocks can't meet the target, ragged widths may
             chosen = tau_for(units, scores, attempt, lambda a: all(measures[n](a) <= limits[n] for n in limits))
             if chosen is not None:
-                return {"tau": chosen[0], "round_to": attempt.multiple, "progress": aim}
+                return proposal_of(units, *chosen, aim)
         return None
 
     found = cut_to(shares) if "latency" not in shares else _cut_to_time(run, units, scores, shares, cut_to)
     if found is not None:
-        return found
+        return found if "latency" in shares else _no_slower(run, units, found, partial(cut_to, shares))
     run.note("the target is out of reach: cut as far as every layer keeps one channel")
-    return {"tau": above_all(scores), "round_to": 1, "progress": 1.0}
+    tau = above_all(scores)
+    narrowest = proposal_of(units, tau, survivors(units, scores, tau, Rounding(1)), 1.0)
+    return {**narrowest, "out_of_reach": True}
+
+
+def _no_slower(run: Context, units: Units, found: Proposal, cut_by: Callable[[Rounding], Proposal | None]) -> Proposal:
+    """The same cut, unless it makes the model slower here: then, of cuts in other steps of width, the fastest.
+
+    What narrow widths cost hangs on kernels, sizes and machine, so it is measured.
+    """
+    provider = find_providers(run.options.providers)[0]
+
+    def time_of(proposal: Proposal) -> float:
+        model = cut(units, alive_of(units, proposal))[0]
+        return time_share(run.source, model, provider, run.options.threads, run.sizes, CHECK_SECONDS)
+
+    share = time_of(found)
+    if share <= SLOWER or run.options.round_to is not None:
+        return found
+    block, tried = run.rounding.block or block_size(), [(share, found)]
+    for step in dict.fromkeys((block, 2 * block, 4 * block, 1)):
+        run.listener.progress(
+            f"it would take {100 * share:.0f} % of the time: trying widths in steps of {step}", len(tried), 4
+        )
+        other = cut_by(Rounding(step))
+        if other is not None and other["kept"] not in [each["kept"] for _, each in tried]:
+            tried.append((time_of(other), other))
+    best = min(tried, key=lambda each: each[0])
+    run.note(
+        f"the usual cut would take {100 * share:.0f} % of the uncut model's time"
+        + (f"; one with other widths takes {100 * best[0]:.0f} %" if best[1] is not found else ", and so do others")
+    )
+    return best[1]
 
 
 def _cut_to_time(
@@ -88,7 +123,7 @@ def _cut_to_time(
         proposal = cut_to({**shares, "latency": least + way * (1 - least)})
         if proposal is None:
             return None
-        alive = survivors(units, scores, proposal["tau"], rounding_of(run, proposal))
+        alive = alive_of(units, proposal)
         share = time_share(run.source, cut(units, alive)[0], provider, run.options.threads, run.sizes)
         run.listener.progress(f"measuring a cut: {100 * share:.1f} % of the time", len(proposals) + 1, CORRECTIONS)
         proposals[proposal["tau"]] = proposal
@@ -98,8 +133,22 @@ def _cut_to_time(
     return None if chosen is None else {**proposals[chosen[0]], "latency": chosen[1]}
 
 
-def rounding_of(run: Context, proposal: Proposal) -> Rounding:
-    return Rounding(proposal["round_to"], run.rounding.block)
+def proposal_of(units: Units, tau: float, alive: Alive, progress: float | None = None) -> Proposal:
+    """A cut as it is recorded: the threshold, and the units of each group that stay, by their place in it.
+
+    What was measured is what is cut: a threshold alone would choose again.
+    """
+    kept = {group.name: np.flatnonzero(alive[group.units]).tolist() for group in units.groups}
+    return {"tau": tau, "kept": kept} | ({} if progress is None else {"progress": progress})
+
+
+def alive_of(units: Units, proposal: Proposal) -> Alive:
+    """What survives the cut of a proposal for the same model."""
+    alive = np.ones(units.count, bool)
+    for group in units.groups:
+        alive[group.units] = False
+        alive[group.units[proposal["kept"][group.name]]] = True
+    return alive
 
 
 def _cut_within(run: Context, state: State, records: list[Record]) -> Proposal:
@@ -113,7 +162,8 @@ def _cut_within(run: Context, state: State, records: list[Record]) -> Proposal:
     if run.options.controller == "published":
         last = history[-1] if history else None
         moved = initial_tau(scores, run.options.initial_tau) if last is None else _moved(run, last)
-        return {"tau": moved * 0.5 ** sum(not o.accepted for o in history), "round_to": rounding.multiple}
+        moved *= 0.5 ** sum(not o.accepted for o in history)
+        return proposal_of(units, moved, survivors(units, scores, moved, rounding))
     tried = 0
 
     def drop_at(tau: float) -> float:
@@ -135,12 +185,13 @@ def _cut_within(run: Context, state: State, records: list[Record]) -> Proposal:
     most, failed = whole * (1 - LEAST_GAIN), _rolled_back(run, records)
     fewest = math.sqrt(whole * failed)
     tau = bisect_tau(scores, drop_at, reach(history, allowed, tuned))
-    if tau is not None and macs(survivors(units, scores, tau, rounding)) > most:
-        tau = None  # too little goes to be worth a round
-    if tau is None and tuned:  # fine-tuning may win back even more: the least cut is tried
+    if tau is not None and macs(alive := survivors(units, scores, tau, rounding)) <= most:
+        return proposal_of(units, tau, alive)
+    if tuned:  # fine-tuning may win back even more: the least cut that is worth a round is tried
         least = tau_for(units, scores, rounding, lambda alive: macs(alive) <= most)
-        tau = least[0] if least and macs(least[1]) > failed else None
-    return {"tau": tau, "round_to": rounding.multiple}
+        if least and macs(least[1]) > failed:
+            return proposal_of(units, *least)
+    return {"tau": None}
 
 
 def _rolled_back(run: Context, records: list[Record]) -> float:

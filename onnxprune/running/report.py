@@ -2,17 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from itertools import pairwise
 from typing import Any
 
 import onnx_ir as ir
 import onnxruntime
 
 from onnxprune.benchmarking.bench import BenchResult
+from onnxprune.errors import TargetError, UselessError
 from onnxprune.graph.model import constant
 from onnxprune.labels.flow import integer
+
+
+def decimals(*values: float) -> int:
+    """How many decimals show two digits of the smallest difference between these numbers, from 2 to 9."""
+    finite = sorted(value for value in values if math.isfinite(value))
+    gaps = [b - a for a, b in pairwise(finite) if b - a > 1e-12 * max(abs(a), abs(b))]
+    return min(9, max(2, 1 - math.floor(math.log10(min(gaps))))) if gaps else 2
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a result is, and beside what.
+
+    `useful` is how much is left of what the uncut model has above guessing; `floor` is what is wanted at least.
+    `guess` is the metric of guessing. `noise` is what the uncut model keeps on inputs that are off by their own
+    rounding, by figure. `written` says whether the result was handed over. Of what wasn't `measured` all is None.
+    """
+
+    measured: bool
+    metric: str | None = None
+    useful: float | None = None
+    floor: float | None = None
+    guess: float | None = None
+    higher_is_better: bool | None = None
+    scale: float | None = None
+    noise: dict[str, float] = field(default_factory=dict)
+    unexercised: tuple[str, ...] = ()
+    written: bool = True
 
 
 @dataclass(frozen=True)
@@ -55,6 +86,8 @@ class Report:
     versions: dict[str, str]
     model_sha256: str
     seconds: float
+    quality: Quality
+    unchecked: tuple[str, ...] = ()  # why a cut could not be compared with the masked model, where it couldn't
     contest: dict[str, float] = field(default_factory=dict)  # "criterion, scope" -> loss, where either is auto
 
     @property
@@ -62,9 +95,16 @@ class Report:
         """Whether what was asked was reached."""
         return bool(self.target["met"])
 
+    @property
+    def exit_status(self) -> int:
+        """0 where what was asked was reached, 7 where the result is of no use and wasn't written, else 5."""
+        if not self.quality.written:
+            return UselessError.exit_status
+        return 0 if self.met else TargetError.exit_status
+
     def to_json(self) -> dict[str, Any]:
         """The report as JSON."""
-        return asdict(self)
+        return {**asdict(self), "exit_status": self.exit_status}
 
 
 def latency_sides(

@@ -11,14 +11,17 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxprune.benchmarking.bench import find_providers
+from onnxprune.benchmarking.latency import NEAR, time_share
 from onnxprune.choosing.layers import Layer, choose_layers, drop_layers, free_layers, influence_scores, weight_scores
 from onnxprune.choosing.select import Rounding, bounded, tau_for
 from onnxprune.cutting.cut import cut
 from onnxprune.cutting.plan import Plan
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.graph.files import memoised
-from onnxprune.labels.units import Units, chosen_units
-from onnxprune.running.context import Context, State
+from onnxprune.labels import analyse
+from onnxprune.labels.units import Units, chosen_units, find_units
+from onnxprune.running.context import Context, State, costs_of
 from onnxprune.scoring.activations import ACTIVATION_CRITERIA
 from onnxprune.scoring.cost import Cost
 from onnxprune.scoring.gradients import GRADIENT_CRITERIA
@@ -32,6 +35,7 @@ CONTESTANTS = ("l2", "l1", "logistic", "fpgm", "bn", "flap", "obs")
 AUTO_SCOPES: Final[tuple[Scope, ...]] = ("global", "gradual")
 TRIED_AT = {"macs": 0.5}  # where an allowed drop alone decides
 PROBE_SAMPLES = 1024
+LOW_FIDELITY = 0.5  # share of the spread that is lost, from which made-up inputs tell nothing
 UNKNOWN = 1e30  # a loss that JSON can hold
 
 
@@ -101,12 +105,39 @@ def _how_many(run: Context, layers: list[Layer], scores: list[float]) -> int:
         for number, count in enumerate(counts):
             run.listener.progress(f"trying without {count} layers", number + 1, len(counts))
             without = _dropping(run, choose_layers(layers, scores, count))
+            over = count > 0 and _overshoots(run, without)
+            if over and min(losses.values()) < UNKNOWN:
+                break  # more would only go further than was asked
             losses[str(count)] = _trial(run, without, (LINED_UP_BY, AUTO_SCOPES[0]))
+            if over:
+                break
         return losses
 
     losses: dict[str, float] = memoised(run.folder / "layers.json", search)
     run.note(f"layers to drop, by loss: {ranked(losses)}")
+    if _tells_nothing(run, losses):
+        run.note("on inputs that were made up none of these cuts keeps half of what is measured: as few as can be go")
+        return min(int(count) for count, loss in losses.items() if loss < UNKNOWN or min(losses.values()) >= UNKNOWN)
     return int(min(losses, key=losses.__getitem__))
+
+
+def _overshoots(run: Context, state: State) -> bool:
+    """Whether a model meets all targets before any width is cut; time is measured, not estimated."""
+    reached = costs_of(find_units(analyse(state.model)), target=run.target)
+    for name, share in (run.targets or TRIED_AT).items():
+        if name == "latency":
+            provider = find_providers(run.options.providers)[0]
+            left = time_share(run.source, state.model, provider, run.options.threads, run.sizes)
+        else:
+            left = reached[name] / max(run.base_costs[name], 1)
+        if left > share * NEAR:
+            return False
+    return True
+
+
+def _tells_nothing(run: Context, losses: Mapping[str, float]) -> bool:
+    """Whether losses are on inputs that were made up, and so high there that they decide nothing."""
+    return not run.judge.measured and min(losses.values()) > LOW_FIDELITY
 
 
 def _hold_contest(run: Context) -> dict[str, float]:
@@ -126,7 +157,8 @@ def _hold_contest(run: Context) -> dict[str, float]:
         BETWEEN.join((best, scopes[0])): UNKNOWN
     }
     run.note(f"ways to choose by loss: {ranked(losses)}")
-    return losses
+    usual = BETWEEN.join((criteria[0], scopes[0]))
+    return {usual: losses[usual]} if usual in losses and _tells_nothing(run, losses) else losses
 
 
 def _trial(run: Context, state: State, way: Way) -> float:

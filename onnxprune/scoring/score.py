@@ -21,6 +21,7 @@ Scores = NDArray[np.float64]
 Scope = Literal["global", "gradual", "layer", "isomorphic"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
+HUGE = 1e15  # numbers from here on mask something: no trained weight is so large
 CHUNK = 2**24  # weights that are converted at a time
 PASSING = ("DequantizeLinear", "Cast", "Transpose")
 WEIGHTED = {  # operator -> the input that is a weight; None: any of them
@@ -130,7 +131,13 @@ def _along(weighing: Weighing, array: NDArray[Any], axis: int) -> Scores:
     kind = np.float64 if array.dtype == np.float64 else np.float32
     middle = 128 if array.dtype == np.uint8 else 0  # about what zero is stored as
     parts: list[Block] = [block[:, i : i + step].astype(kind, copy=False) for i in range(0, count, step)]
-    return np.concatenate([weighing.score(part - kind(middle) if middle else part) for part in parts])
+    return np.concatenate([weighing.score(_weights_only(part - kind(middle) if middle else part)) for part in parts])
+
+
+def _weights_only(block: Block) -> Block:
+    """What stands for "never" in a table (minus infinity, the lowest number there is) is a mask and no weight."""
+    counts = np.abs(block) < HUGE
+    return block if counts.all() else np.where(counts, block, 0).astype(block.dtype)
 
 
 def _bn(units: Units, seed: int) -> Scores:

@@ -21,6 +21,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxprune.cutting.plan import Plan
 from onnxprune.errors import TrainingError
 from onnxprune.evaluating.data import Dataset, chunks, fixed_batch, model_inputs
 from onnxprune.evaluating.evaluate import predict
@@ -30,15 +31,18 @@ from onnxprune.repairing.repair import reestimate_batch_norm
 from onnxprune.training.backward import gradient_model
 from onnxprune.training.batches import augment
 from onnxprune.training.forward import teacher_graph, training_graph, uses_batch_statistics
-from onnxprune.training.losses import Loss, check_comparable, plan_loss, whole_features
+from onnxprune.training.losses import Loss, check_comparable, in_units, plan_loss, with_features
 from onnxprune.training.optimizer import usual_rate
 from onnxprune.training.runtime import Trainer, choose_trainer, prepare_trainer
 from onnxprune.training.worker import write_arrays
 
-HELD_OUT = 512  # samples by which the best epoch is chosen, at most
+HELD_OUT = 512  # samples by which the rate and the best epoch are chosen, at most
+BATCH = 64  # samples of a step, where none are given
+STEPS_AN_EPOCH, LEAST_BATCH = 64, 16  # of few samples smaller batches make more steps
+FEW_HELD = 32  # of them, where there are few samples
 SHARD = 32  # samples a thread works on at a time; batch statistics are taken over them
 GPU_SHARD = 256  # samples that a GPU works on at a time
-PROBE = 512  # images that an augmentation is tried on
+PROBE = 512  # samples that an augmentation is tried on, and the units of distances are taken from
 TOLERATED = 0.1  # of the answers that may turn wrong under an augmentation
 
 RESTARTS = 2  # of a worker that died without a word
@@ -54,21 +58,21 @@ class WorkerDiedError(TrainingError):
 class TrainingOptions:
     """How to fine-tune, and by which `trainer` (see `choose_trainer`).
 
-    `lr` None is chosen by how many matrices there are (`usual_rate`). With `seconds` training ends after that time, if
-    not by `epochs` before, and the learning rate falls accordingly: the result then depends on the machine. `patience`
-    is how many seconds without a word make a worker count as hung; `memory_limit` how many bytes training may take
-    beside the runtime itself. With `ema` the result is an average of the weights that forgets by this factor in each
-    step; `stop_after` ends training after so many epochs without a lower loss on held-out samples; parameters whose
-    names match one of the patterns in `freeze` stay as they are. Batch normalisation keeps its statistics, or with
-    `batch_statistics` takes those of each shard, and those of the data in the end. A batch is worked on in shards, so
-    its size doesn't decide the memory.
+    `lr` None is chosen by short trials around the one that suits so many matrices (`usual_rate`). With `seconds`
+    training ends after that time, if not by `epochs` before, and the learning rate falls accordingly: the result then
+    depends on the machine. `patience` is how many seconds without a word make a worker count as hung; `memory_limit`
+    how many bytes training may take beside the runtime itself. With `ema` the result is an average of the weights that
+    forgets by this factor in each step; `stop_after` ends training after so many epochs without a lower loss on held-
+    out samples; parameters whose names match one of the patterns in `freeze` stay as they are. Batch normalisation
+    keeps its statistics, or with `batch_statistics` takes those of each shard, and those of the data in the end. A
+    batch is worked on in shards, so its size doesn't decide the memory.
     """
 
     trainer: Trainer = "auto"
     epochs: int = 3
     seconds: float | None = None
     lr: float | None = None
-    batch: int = 64
+    batch: int | None = None
     weight_decay: float = 1e-4
     clip: float = 5.0
     loss: Loss = field(default_factory=Loss)
@@ -92,13 +96,15 @@ def fine_tune(
     augmentation: dict[str, Any] | None = None,
     progress: Progress = lambda event: None,
     fading: dict[str, np.ndarray[Any, Any]] | None = None,
+    plan: Plan | None = None,
 ) -> None:
     """Trains the parameters of `model` in place, in a worker process.
 
-    A part of the data, at most 512 samples and a tenth, is held out: what comes back are the weights after the epoch
-    that did best on it. `fading` names, by boolean arrays, parts of parameters that shrink to a hundredth on the way,
-    the faster the further it is (growing regularisation: Wang et al. 2021, Neural Pruning via Growing Regularization,
-    section 3.2, here as decoupled decay).
+    A part of the data, at most 512 samples, is held out: what comes back are the weights after the epoch that did best
+    on it, or those that there were before. `fading` names, by boolean arrays, parts of parameters that shrink to a
+    hundredth on the way, the faster the further it is (growing regularisation: Wang et al. 2021, Neural Pruning via
+    Growing Regularization, section 3.2, here as decoupled decay). `plan` says what was cut from the teacher, so that
+    inner values of both can be compared.
 
     A folder that holds a job already is resumed from its last checkpoint: the result is equal to the bit to that of a
     run that was not interrupted. Raises `TrainingError` when the worker fails, dies, hangs or is out of memory; `model`
@@ -111,7 +117,7 @@ def fine_tune(
     runtime = prepare_trainer(options.trainer, note)
     if not (folder / "job.json").exists():
         try:
-            _prepare(model, teacher, data, folder, options, augmentation or {}, fading, note)
+            _prepare(model, teacher, data, folder, options, augmentation or {}, fading, note, plan)
         except OSError as error:
             raise TrainingError(f"training failed (disk): {error.strerror}: {folder}; free some space") from error
     for name, array in _work(folder, runtime, options, progress).items():
@@ -147,7 +153,8 @@ def minimise(
     differentiated = _save_graph(graph, names, folder, options.trainer)
     name = graph.graph.inputs[0].name or ""
     inputs = {name: str(_array_file(folder, "input0", np.arange(count)))}
-    _write_job(folder, options, {**differentiated, "inputs": inputs, "batch": count, "relative": False})
+    given = {"inputs": inputs, "batch": count, "relative": False, "trials": False}
+    _write_job(folder, options, {**differentiated, **given})
     return _work(folder, runtime, options, progress)
 
 
@@ -177,6 +184,7 @@ def _prepare(
     augmentation: dict[str, Any],
     fading: dict[str, np.ndarray[Any, Any]] | None = None,
     note: Callable[[str], None] = lambda text: None,
+    plan: Plan | None = None,
 ) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -184,8 +192,10 @@ def _prepare(
     if options.loss.distances:
         check_comparable(model, teacher, loss)
     if loss.share > 0 and options.loss.features > 0:
-        loss = replace(loss, features=whole_features(model, teacher, loss), weight=options.loss.features)
-    most_held = 0 if augmentation.get("task") == "gradients" else HELD_OUT
+        loss = with_features(model, teacher, loss, options.loss.features, plan)
+    most_held = 0 if augmentation.get("task") == "gradients" or fading else HELD_OUT  # what fades goes on to the end
+    if loss.share == 1 and not options.loss.distances and augmentation.get("task") != "gradients":
+        loss = in_units(loss, predict(teacher_graph(teacher, loss), data.take(slice(0, PROBE)), options.threads))
     trainer = choose_trainer(options.trainer)
     most = GPU_SHARD if trainer == "cuda" else SHARD
     shard, batch, held = _portions(len(data), options.batch, fixed_batch(model), most_held, most)
@@ -230,17 +240,23 @@ def _save_graph(graph: ir.Model, names: list[str], folder: Path, trainer: Traine
     return {**job, "heads": heads, "gradients": gradients}
 
 
-def _portions(samples: int, batch: int, fixed: int | None, most_held: int, most: int) -> tuple[int, int, int]:
-    """Samples worked on at a time (at most `most`), of a step, and held out: each a multiple of the one before."""
-    held = min(most_held, samples // 10)
+def _portions(samples: int, batch: int | None, fixed: int | None, most_held: int, most: int) -> tuple[int, int, int]:
+    """Samples worked on at a time (at most `most`), of a step, and held out: the first divides the other two.
+
+    A tenth is held out, and of few samples, where a tenth tells nothing, up to a quarter. Without a given `batch` it is
+    such that an epoch has enough steps.
+    """
+    held = min(most_held, max(samples // 10, min(FEW_HELD, samples // 4)))
+    usual = min(BATCH, max(1, (samples - held) // STEPS_AN_EPOCH // LEAST_BATCH) * LEAST_BATCH)
     if fixed is not None:
-        batch = -(-batch // fixed) * fixed
+        batch = -(-(batch or usual) // fixed) * fixed
         batch = max(min(batch, (samples - held) // fixed * fixed), fixed)
-        return fixed, batch, held // batch * batch
-    batch = min(batch, samples - held)
+        return fixed, batch, held // fixed * fixed
+    batch = min(batch or usual, samples - held)
     shard = batch // -(-batch // most)
-    batch = batch // shard * shard
-    return shard, batch, held // batch * batch
+    if 0 < held < shard:
+        shard = held
+    return shard, batch // shard * shard, held // shard * shard
 
 
 def _write_job(folder: Path, options: TrainingOptions, given: dict[str, Any]) -> None:
@@ -254,6 +270,7 @@ def _write_job(folder: Path, options: TrainingOptions, given: dict[str, Any]) ->
         "held": 0,
         "fading": None,
         "relative": True,
+        "trials": True,
         "flip": False,
         "shift": 0,
         "layout": "nchw",
@@ -265,7 +282,7 @@ def _write_job(folder: Path, options: TrainingOptions, given: dict[str, Any]) ->
             )
         },
         **given,
-        **({"lr": options.lr} if options.lr is not None else {}),
+        **({"lr": options.lr, "trials": False} if options.lr is not None else {}),
     }  # fmt: skip
     write_json(folder / "job.json", job)
 
@@ -340,7 +357,8 @@ def choose_augmentation(model: ir.Model, data: Dataset, threads: int | None) -> 
     """Flips and shifts for images, each only if the uncut model is nearly as right under it.
 
     Digits must not be mirrored, photographs may be: the model itself knows. Right means the labels where there are any,
-    else the model's own answers to the unchanged images. Raises nothing: what isn't images isn't augmented.
+    else the model's own answers to the unchanged images. Without labels images are moved in any case: the uncut model
+    answers for the moved ones, too. Raises nothing: what isn't images isn't augmented.
     """
     values = model_inputs(model)
     shape = list(values[0].shape or ())
@@ -349,9 +367,13 @@ def choose_augmentation(model: ir.Model, data: Dataset, threads: int | None) -> 
     layout = "nchw" if shape[1] in (1, 3, 4) else "nhwc" if shape[3] in (1, 3, 4) else None
     part = data.take(slice(0, PROBE))
     images = part.inputs[values[0].name or ""]
-    scores = predict(model, part, threads)[0]
-    if layout is None or len(part) < 16 or scores.ndim != 2 or scores.shape[1] < 2:
+    if layout is None:
         return {}
+    shift = max(1, images.shape[2] // 8)
+    answered = {"flip": False, "shift": shift, "layout": layout} if data.labels is None and not data.others else {}
+    scores = predict(model, part, threads)[0]
+    if len(part) < 16 or scores.ndim != 2 or scores.shape[1] < 2:
+        return answered
     labelled = part.labels is not None and part.labels.ndim == 1 and part.labels.dtype.kind in "iu"
     wanted = part.labels if labelled else scores.argmax(1)
 
@@ -360,10 +382,9 @@ def choose_augmentation(model: ir.Model, data: Dataset, threads: int | None) -> 
         return float((answers == wanted).mean())
 
     least = right(images) - TOLERATED
-    shift = max(1, images.shape[2] // 8)
     rng = np.random.default_rng(0)
     return {
         "flip": right(augment(images, True, 0, layout, rng)) >= least,
-        "shift": shift if right(augment(images, False, shift, layout, rng)) >= least else 0,
+        "shift": shift if answered or right(augment(images, False, shift, layout, rng)) >= least else 0,
         "layout": layout,
     }

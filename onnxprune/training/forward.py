@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from onnxprune.errors import TrainingError
 from onnxprune.evaluating.data import Dataset, fixed_batch, random_inputs
 from onnxprune.graph.model import constant
+from onnxprune.graph.shapes import add_initializer
 from onnxprune.labels.flow import operator_name
 from onnxprune.training.backward import differentiable
 from onnxprune.training.loss_graph import add_loss, add_own_loss
@@ -85,8 +87,20 @@ def evaluation_graph(model: ir.Model, loss: LossPlan, sizes: Sizes) -> tuple[ir.
 
 
 def teacher_graph(model: ir.Model, loss: LossPlan) -> ir.Model:
-    """The uncut model with the compared values as its outputs. Raises `TrainingError` as `training_graph` does."""
-    return spell_out(_comparing(model, loss))
+    """The uncut model with the compared values as its outputs, of those that were cut what is left in the cut model.
+
+    Raises `TrainingError` as `training_graph` does.
+    """
+    graph = _comparing(model, loss)
+    for index, name in enumerate(loss.compared):
+        for axis, positions in loss.kept.get(name, ()):
+            value, where = graph.graph.outputs[index], f"onnxprune.kept.{index}.{axis}"
+            kept = add_initializer(graph, where, np.array(positions, np.int64))
+            node = ir.node("Gather", [value, kept], {"axis": axis}, name=f"{where}.gathered")
+            node.outputs[0].name, node.outputs[0].type = f"{where}.value", value.type
+            graph.graph.append(node)
+            graph.graph.outputs[index] = node.outputs[0]
+    return spell_out(graph)
 
 
 def _comparing(model: ir.Model, loss: LossPlan) -> ir.Model:

@@ -64,8 +64,12 @@ def add_loss(model: ir.Model, plan: LossPlan, sizes: Mapping[str, Sequence[int]]
     for index, (distance, student) in enumerate(zip(plan.distances, students, strict=True)):
         if plan.share > 0 and distance.weight > 0:
             teacher = _teacher(model, index, _shape(student))
-            term = DISTANCES[distance.kind](model, student, teacher, distance.axis, plan.temperature)
-            terms.append((plan.share * distance.weight / whole, term))
+            counted = plan.share * distance.weight / whole / (distance.unit or 1.0)
+            if distance.kind == "mse" and distance.unit is not None:
+                term = _mean_square(model, student, teacher)
+            else:
+                term = DISTANCES[distance.kind](model, student, teacher, distance.axis, plan.temperature)
+            terms.append((counted, term))
     for index, name in enumerate(plan.features, len(students)):
         teacher = _teacher(model, index, _shape(values[name]))
         terms.append((plan.weight, _relative(model, values[name], teacher)))

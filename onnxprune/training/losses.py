@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxprune.cutting.plan import Plan
 from onnxprune.errors import TrainingError, UsageError
 from onnxprune.evaluating.data import Array, Dataset, class_axis, model_inputs
 from onnxprune.evaluating.evaluate import all_shapes
@@ -67,13 +68,15 @@ class Distance:
     """How a value is compared with the teacher's.
 
     By KL divergence over classes along `axis`, mean square error, or one minus the cosine of each sample. What weighs
-    nothing is only looked at.
+    nothing is only looked at. With a `unit`, what the best constant answer has, the distance is counted in that: 1 is
+    then no better than a constant, for every value.
     """
 
     value: str
     kind: DistanceKind
     axis: int = -1
     weight: float = 1.0
+    unit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class LossPlan:
     """What is minimised: losses on labels, if there are any, and distances to the uncut model, `share` of the whole.
 
     The first distances are those of the outputs, in order. `features` are inner values that are compared as well, each
-    weighed by `weight`.
+    weighed by `weight`; of those that were cut the teacher gives what is `kept`: the positions along each such axis.
     """
 
     labels: tuple[LabelLoss, ...]
@@ -93,6 +96,7 @@ class LossPlan:
     features: tuple[str, ...] = ()
     weight: float = 0.0
     mix: float = 0.0
+    kept: Mapping[str, Sequence[tuple[int, Sequence[int]]]] = field(default_factory=dict)
 
     @property
     def values(self) -> tuple[str, ...]:
@@ -203,6 +207,45 @@ def check_comparable(model: ir.Model, teacher: ir.Model, loss: LossPlan) -> None
             )
 
 
+def in_units(loss: LossPlan, answers: Sequence[Array]) -> LossPlan:
+    """The same loss with every distance of an output in units of what the best constant answer has.
+
+    `answers` are the teacher's values that are compared, in order. Outputs of any size then count alike, and the loss
+    is what fidelity is measured by: error beside the spread over samples. Of values without spread nothing is learned.
+    """
+    distances = []
+    for distance, values in zip(loss.distances, answers, strict=False):
+        unit = _UNITS[distance.kind](np.asarray(values, np.float64), distance.axis, loss.temperature)
+        known = np.isfinite(unit) and unit > LEAST_UNIT * max(
+            float(np.square(values, dtype=np.float64).mean()), LEAST_UNIT
+        )
+        distances.append(replace(distance, unit=unit) if known else replace(distance, weight=0.0))
+    return replace(loss, distances=tuple(distances)) if any(each.weight > 0 for each in distances) else loss
+
+
+def _variance(values: Array, axis: int, temperature: float) -> float:
+    return float(np.square(values - values.mean(0)).mean())
+
+
+def _divergence(values: Array, axis: int, temperature: float) -> float:
+    """T^2 KL(p || mean p): of all constants the mean has the least."""
+    shifted = (values - values.max(axis, keepdims=True)) / temperature
+    p = np.exp(shifted) / np.exp(shifted).sum(axis, keepdims=True)
+    products = p * (np.log(np.maximum(p, 1e-30)) - np.log(np.maximum(p.mean(0), 1e-30)))
+    return float(temperature**2 * products.sum(axis).mean())
+
+
+def _turn(values: Array, axis: int, temperature: float) -> float:
+    """One minus the cosine to the mean of all directions."""
+    rows = values.reshape(len(values), -1)
+    rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+    return float(1 - np.linalg.norm(rows.mean(0)))
+
+
+LEAST_UNIT = 1e-10
+_UNITS: dict[str, Callable[[Array, int, float], float]] = {"mse": _variance, "kl": _divergence, "cosine": _turn}
+
+
 def _label_loss(
     model: ir.Model, data: Dataset, outputs: dict[str, ir.Value], output: str, kind: Kind | None, weight: float
 ) -> tuple[str, LabelLoss]:
@@ -252,22 +295,32 @@ def _class_axis(output: ir.Value, labels_shape: Sequence[int] | None) -> int:
     return class_axis(list(output.shape or ()), labels_shape or ())
 
 
-def whole_features(model: ir.Model, teacher: ir.Model, loss: LossPlan) -> tuple[str, ...]:
-    """Inner values of a cut model that can be held against the teacher's: the last of each size along its trunk.
+def with_features(model: ir.Model, teacher: ir.Model, loss: LossPlan, weight: float, plan: Plan | None) -> LossPlan:
+    """The loss with inner values of a cut model held against the teacher's: the last of each size along its trunk.
 
-    On the trunk lie values that everything behind them hangs on alone; what was cut there has another shape and is left
-    out. Comparing them gives each stage a target of its own (Romero et al. 2015, FitNets, section 2.2).
+    On the trunk lie values that everything behind them hangs on alone. Of what was cut by `plan` the positions that are
+    left are compared, as repair fits them. Comparing them gives each stage a target of its own (Romero et al. 2015,
+    FitNets, section 2.2), which few samples tell more about than the outputs alone.
     """
     shapes, wholes = all_shapes(model), all_shapes(teacher)
     there = {value.name: value for node in teacher.graph for value in node.outputs}
+    removed = plan.tensors if plan is not None else {}
     found: dict[tuple[int | None, ...], str] = {}
+    kept = dict[str, Sequence[tuple[int, Sequence[int]]]]()
     for value in _trunk(model, shapes):
-        shape, same = shapes(value), there.get(value.name)
-        if shape is None or len(shape) < 3 or same is None or value.name in loss.values or value.is_graph_output():
+        name, shape = value.name or "", shapes(value)
+        if shape is None or len(shape) < 3 or name not in there or name in loss.values or value.is_graph_output():
             continue
-        if wholes(same) == shape:
-            found[shape[1:]] = value.name or ""
-    return tuple(found.values())
+        whole, left = list(wholes(there[name]) or ()), list[tuple[int, Sequence[int]]]()
+        for each in removed.get(name, ()):
+            if each.axis < len(whole) and whole[each.axis] == each.size:
+                left.append((each.axis, sorted(set(range(each.size)) - set(each.removed))))
+                whole[each.axis] = len(left[-1][1])
+        if tuple(whole) == tuple(shape):
+            found[shape[1:]] = name
+            kept[name] = left
+    names = tuple(found.values())
+    return replace(loss, features=names, weight=weight, kept={name: kept[name] for name in names if kept[name]})
 
 
 def _trunk(model: ir.Model, shapes: Shapes) -> Iterator[ir.Value]:

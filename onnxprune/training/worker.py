@@ -32,6 +32,10 @@ from onnxprune.training.optimizer import AdamW, learning_rate
 Array = NDArray[Any]
 FADED = 0.01  # what is left of weights that fade
 SAFE = 10  # steps between states that training can go back to, or resume from
+TRIED = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01)  # times the usual rate
+LEAST_TRIAL, MOST_TRIAL, TRIAL_SHARE = 50, 100, 10  # steps of a trial: a tenth of all, in bounds
+NEAR_BEST = 1.05  # times the lowest loss, of a rate that is as good
+TRIAL_TIME = 0.15  # of the time, for all trials
 ROLLBACKS, SLOWER = 2, 0.25  # of a loss that isn't finite: how often, and what becomes of the learning rate
 
 
@@ -154,7 +158,7 @@ class Trainer:
         self.fading = dict(np.load(self.job["fading"])) if self.job["fading"] else {}
         self.average = {name: array.copy() for name, array in self.weights.items()} if self.job["ema"] else {}
         self.best, self.lowest, self.epochs_since, self.spent = dict[str, Array](), math.inf, 0, 0.0
-        self.rollbacks = 0
+        self.rollbacks, self.peak = 0, self.job["lr"]
         self.pool, self.reader = ThreadPoolExecutor(self.job["threads"]), ThreadPoolExecutor(1)
         self.parent = os.getppid()
 
@@ -169,12 +173,18 @@ class Trainer:
     def run(self) -> None:
         """Trains from the last checkpoint to the end: of the epochs, of the time, or of the patience.
 
-        The result are the weights after the epoch of the lowest loss on samples that were held out. A loss that isn't
-        finite takes training back to a state of at most ten steps before, and on at a quarter of the learning rate.
+        The result are the weights after the epoch of the lowest loss on samples that were held out, or those of the
+        start. A loss that isn't finite takes training back to a state of at most ten steps before, and on at a quarter
+        of the learning rate.
         """
         batches, per_epoch = self.batches, self.batches.per_epoch
         total, start = per_epoch * self.job["epochs"], self._restore()
         began = saved = time.monotonic()
+        if self.job["trials"] and len(batches.held):
+            self.peak = self._tried_rate(total)
+        if not start and len(batches.held):
+            self._compare()
+            self.epochs_since = 0
         before, safe, progress = self.spent, self._state(), 0.0
 
         waiting = self.reader.submit(batches.at, start)
@@ -206,12 +216,60 @@ class Trainer:
         write_arrays(self.folder / "result.npz", self.best)
         say(event="done")
 
+    def _tried_rate(self, total: int) -> float:
+        """The highest peak rate whose loss on samples held out is near the lowest, after short trainings of each.
+
+        They end as the whole one does, with the rate near zero. From above the usual rate downwards, until two in a row
+        were worse than the best. Of rates that are about as good the highest: what is best after a few steps is too
+        cautious for many. It is kept for a resumed run.
+        """
+        path, held = self.folder / "rate.json", self.batches.held
+        if path.exists():
+            return float(json.loads(path.read_text()))
+        steps = min(total, max(LEAST_TRIAL, min(MOST_TRIAL, total // TRIAL_SHARE)))
+        began, start, losses = time.monotonic(), self._state(), dict[float, float]()
+        for factor in TRIED:
+            losses[factor] = self._trial(factor * self.job["lr"], steps)
+            self._set(start)
+            best = min(losses, key=losses.__getitem__)
+            spent = (time.monotonic() - began) / (self.job["seconds"] or math.inf)
+            if len(losses) > list(losses).index(best) + 2 or spent > TRIAL_TIME:
+                break
+        near = [factor for factor, loss in losses.items() if loss <= NEAR_BEST * losses[best]]
+        rate = max(near, default=best) * float(self.job["lr"])
+        said = ", ".join(f"{factor * self.job['lr']:.2g}: {loss:.4g}" for factor, loss in losses.items())
+        say(
+            event="note",
+            message=f"learning rate {rate:.2g}, by the loss on {len(held)} samples after {steps} steps ({said})",
+        )
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(rate))
+        temporary.replace(path)
+        return rate
+
+    def _trial(self, rate: float, steps: int) -> float:
+        """The loss on samples held out after a short training at this peak rate; infinite where it isn't finite."""
+        self.peak = rate
+        for step in range(steps):
+            loss, _ = self._step(self.batches.at(step), self.batches.size, step / steps, step, fade=False)
+            if not math.isfinite(loss):
+                return math.inf
+            say(event="trial")
+        loss = self._held_loss(self.weights)
+        return float(loss) if math.isfinite(loss) else math.inf
+
+    def _held_loss(self, weights: dict[str, Array]) -> float:
+        """The loss on samples that were held out; minus infinity where none are."""
+        held, size, losses = self.batches.held, self.job["batch"], list[float]()
+        parts = [held[i : i + size] for i in range(0, len(held), size)]
+        for rows in parts:
+            losses.append(len(rows) * self._gradients(self.batches.take(rows), len(rows), weights)[0])
+        return float(np.sum(losses)) / len(held) if losses else -math.inf
+
     def _compare(self) -> None:
         """Remembers the weights, or their average, if their loss on samples that were held out is the lowest so far."""
-        held, size, losses, weights = self.batches.held, self.job["batch"], [], self.average or self.weights
-        for rows in (held[i : i + size] for i in range(0, len(held), size)):
-            losses.append(self._gradients(self.batches.take(rows), len(rows), weights)[0])
-        loss = float(np.mean(losses)) if losses else -math.inf  # the last ones, when nothing is held out
+        weights = self.average or self.weights
+        loss = self._held_loss(weights)  # the last ones, when nothing is held out
         self.epochs_since += 1
         if not self.best or loss <= self.lowest:
             self.best, self.lowest = {name: array.copy() for name, array in weights.items()}, loss
@@ -270,15 +328,17 @@ class Trainer:
         }
         return loss, [result[1] for result in results if len(result) > 1], gradients
 
-    def _step(self, feeds: dict[str, Array], size: int, progress: float, step: int) -> tuple[float, float | None]:
+    def _step(
+        self, feeds: dict[str, Array], size: int, progress: float, step: int, fade: bool = True
+    ) -> tuple[float, float | None]:
         loss, scores, gradients = self._gradients(feeds, size, self.weights)
         norm = math.sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in gradients.values()))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return math.nan, None
         scale = np.float32(min(1.0, self.job["clip"] / max(norm, 1e-12)))
-        rate = learning_rate(progress, self.job["lr"]) * SLOWER**self.rollbacks
+        rate = learning_rate(progress, self.peak) * SLOWER**self.rollbacks
         self.optimizer.step({name: g * scale for name, g in gradients.items()}, rate)
-        if progress > 0:
+        if progress > 0 and fade:
             left = np.float32(FADED ** (2 * progress * progress / max(step, 1)))  # the product of all is FADED
             for name, where in self.fading.items():
                 self.weights[name][where] *= left
