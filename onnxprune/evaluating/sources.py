@@ -250,6 +250,21 @@ class ImageFolder:
                 raise UsageError(f"--{name}: give one number, or one for each channel of the images, which are {mode}")
         return ImageFolder(path, tuple(files), classes, size, mode, value.name or "")
 
+    def said(self, options: ImageOptions) -> str:
+        """What is done to the images, and which classes they have, in words."""
+        height, width = self.size
+        fitted = f"squeezed to {height} x {width}"
+        if options.crop is not None:
+            fitted = f"scaled and the middle of {height} x {width} cut out (crop {options.crop:g})"
+        mean, std = (", ".join(f"{each:g}" for each in values) for values in (options.mean, options.std))
+        order = options.channels.upper() if self.mode == "RGB" else "grey"
+        names = sorted(set(self.classes or ()))
+        told = f"{len(names)} classes, {names[0]} to {names[-1]} by {options.label_order}" if names else "no classes"
+        return (
+            f"{self.path}: {len(self.files)} images, {fitted}, (pixels / 255 - ({mean})) / ({std}), {order}, "
+            f"{options.layout}; {told}"
+        )
+
     def pixels(self, file: Path, crop: float | None) -> Array:
         """One image, (1, height, width, channels), of 8 bits. Raises `DataError` for what can't be read."""
         try:

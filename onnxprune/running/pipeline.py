@@ -36,7 +36,7 @@ from onnxprune.evaluating.data import Dataset, random_dataset
 from onnxprune.evaluating.judge import Judge, Verdict
 from onnxprune.evaluating.metrics import find_metric, output_weights
 from onnxprune.evaluating.preparations import TRIED, Tried, clearly_better, tried_on_folder
-from onnxprune.evaluating.sources import ImageOptions, as_dataset
+from onnxprune.evaluating.sources import ImageFolder, ImageOptions, as_dataset
 from onnxprune.exporting.finalise import PADS_APART, finalise, pads_before_convolutions
 from onnxprune.exporting.quantise import Numbers, quantise
 from onnxprune.graph.files import memoised, sha256, write_json
@@ -249,6 +249,9 @@ def _load(
         None if given is None else as_dataset(given, model, images, options.ignore_index).shuffled(options.seed)
         for given in (data, eval_data)
     )
+    for path in {*_folders(data), *_folders(eval_data)}:
+        folder = ImageFolder.of(path, model, images or ImageOptions())
+        notes.append(folder.said(images or ImageOptions()))
     if train is None:
         if evaluation is None and (options.max_drop is not None or options.metric is not None):
             raise UsageError("--max-drop and --metric need data to measure on: give --data")
@@ -442,6 +445,11 @@ class Run(Context):
             tuned, after, epochs = self._tuned(number, folder, model, state.plan.then(step))
             if self._better(after, repaired):
                 model, verdict = tuned, after
+                if (after.drop, after.loss) > (repaired.drop, repaired.loss):
+                    self.note(
+                        f"round {number}: tuning is kept although {self.judge.metric.name} fell: what is held back "
+                        "of --data may be known by heart, which tuning unlearns; --eval-data tells"
+                    )
             else:
                 places = decimals(after.value, repaired.value)
                 self.note(
