@@ -54,7 +54,7 @@ def test_a_run_on_arrays(tmp_path: Path) -> None:
         ("epochs", 1.5, "--epochs 1.5: give a whole number or nothing"),
         ("target_macs", "0.5", "--target-macs 0.5: give a number or nothing"),
         ("target_macs", 1.0, "--target-macs 1: give the share that may remain, between 0 and 1"),
-        ("max_drop", float("nan"), "--max-drop nan: give a number of 0 or more"),
+        ("max_drop", float("nan"), "--max-drop nan: give a number of 0 or more, or one with a % sign, such as 2%"),
         (
             "initial_tau",
             "median",

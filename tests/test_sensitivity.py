@@ -53,7 +53,7 @@ def test_the_command_prints_writes_and_draws(tmp_path: Path) -> None:
 def test_a_run_takes_the_curves_as_its_prior(tmp_path: Path) -> None:
     assert call("sensitivity", MODEL, "--data", DATA, "--samples", 100, "-o", "s.json", cwd=tmp_path).status == 0
     run = ("run", MODEL, "--data", DATA, "--epochs", 0, "--target-macs", 0.3, "--json", "-o", "o.onnx")
-    plain, weighed = (call(*run, *more, cwd=tmp_path) for more in ((), ("--prior", "s.json")))
+    plain, weighed = (call(*run, *more, cwd=tmp_path) for more in ((), ("--prior", "s.json", "--overwrite")))
     assert plain.status == weighed.status == 0, weighed.err
     assert plain.json["rounds"][0]["widths"] != weighed.json["rounds"][0]["widths"]
     for wrong in ("none.json", MODEL):

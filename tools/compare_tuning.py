@@ -3,7 +3,7 @@
 
 Does fine-tuning without labels help? Runs `onnxprune run` by its defaults on real models with samples, to a share of
 the MACs and for each number of epochs, and measures on the test samples, which no run saw: the share of the outputs'
-spread that is lost, `sum |y - x|^2 / sum |x - mean x|^2`, x the uncut one's. With `--peer`, the same by another version.
+spread that is lost, `sum |y - x|^2 / sum |x - mean x|^2`, x the uncut one's. With `--peer`, by another version too.
 MODELS are names in a folder with NAME.onnx, NAME_train.npz and NAME_test.npz (ONNXPRUNE_SHARED/real), by default all
 whose every input has a row for each sample.
 """

@@ -195,7 +195,8 @@ def _prepare(
         loss = with_features(model, teacher, loss, options.loss.features, plan)
     most_held = 0 if augmentation.get("task") == "gradients" or fading else HELD_OUT  # what fades goes on to the end
     if loss.share == 1 and not options.loss.distances and augmentation.get("task") != "gradients":
-        loss = in_units(loss, predict(teacher_graph(teacher, loss), data.take(slice(0, PROBE)), options.threads))
+        outputs = replace(loss, features=(), kept={})
+        loss = in_units(loss, predict(teacher_graph(teacher, outputs), data.take(slice(0, PROBE)), options.threads))
     trainer = choose_trainer(options.trainer)
     most = GPU_SHARD if trainer == "cuda" else SHARD
     shard, batch, held = _portions(len(data), options.batch, fixed_batch(model), most_held, most)
