@@ -199,15 +199,13 @@ def _metric_rows(table: Table, report: Report, a: Side, b: Side) -> None:
     else:
         table.add_row("accuracy", "not measured", "not measured", "")
     for name, value in b.fidelity.items():
-        if (a.metric or {}).get("name") == name:
-            continue
         if name == "kl":
             table.add_row("KL to the uncut answers, nats", "0", f"{value:.{decimals(0, value)}f}", "")
-            continue
-        places = decimals(100, 100 * value)
-        table.add_row(f"{FIGURES[name]}, %", "100.00", f"{100 * value:.{places}f}", "")
-    if (noisy := quality.noise.get("fidelity")) is not None:
-        table.add_row("  with inputs off by their rounding", f"{100 * noisy:.{decimals(100, 100 * noisy)}f}", "", "")
+        elif (a.metric or {}).get("name") != name:
+            table.add_row(f"{FIGURES[name]}, %", "100.00", f"{100 * value:.{decimals(100, 100 * value)}f}", "")
+        if name == "fidelity" and (noisy := quality.noise.get(name)) is not None:
+            places = decimals(100, 100 * noisy)
+            table.add_row("  with inputs off by their rounding", f"{100 * noisy:.{places}f}", "", "")
 
 
 def share(before: float, after: float) -> str:
