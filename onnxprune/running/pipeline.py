@@ -202,7 +202,8 @@ def _looked_at(judge: Judge, notes: list[str], folders: list[Path], images: Imag
             f"prepared, and in {better}: check --mean, --std and the like"
         )
     if metric.own:
-        said = f"metric {metric.name}: {told.uncut:.4g} for the uncut model, {told.guess:.4g} for guessing; "
+        guessed = "an unknown value" if told.guess is None else f"{told.guess:.4g}"
+        said = f"metric {metric.name}: {told.uncut:.4g} for the uncut model, {guessed} for guessing; "
         said += f"{'higher' if metric.higher_is_better else 'lower'} is better"
         said += " (taken from that)" if judge.metric.higher_is_better is None else ""
         if metric.scale is not None:
@@ -368,7 +369,9 @@ class Run(Context):
         found: dict[str, float] = memoised(
             self.folder / "pads.json", lambda: {"fused": time_of(False), "apart": time_of(True)}
         )
-        self.baseline.metadata_props[PADS_APART] = "1" if found["apart"] * SLOWER < found["fused"] else ""
+        self.baseline.metadata_props.pop(PADS_APART, None)  # nothing of it is handed over
+        if found["apart"] * SLOWER < found["fused"]:
+            self.baseline.metadata_props[PADS_APART] = "1"
 
     def _without_rounds(self, state: State) -> State:
         """What is left where no round was accepted: the layers that were dropped first stay so if that costs no more
