@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from onnxprune.checks import check_option
 from onnxprune.choosing.layers import choose_layers, drop_layers, find_layers, free_layers, weight_scores
@@ -20,6 +19,7 @@ from onnxprune.cutting.cut import cut
 from onnxprune.cutting.plan import Plan, load_plan
 from onnxprune.cutting.verify import Outcome, check_cut, mask_oracle
 from onnxprune.errors import DifferentError, ModelError, NotComparableError, UsageError
+from onnxprune.exporting.finalise import join_copies
 from onnxprune.graph.files import sha256, write_json
 from onnxprune.graph.model import check_outputs, digest, open_model, save_model
 from onnxprune.labels import analyse
@@ -149,7 +149,7 @@ def _finish(
         save_model(normal, Path(baseline))
     if plan is not None:
         write_json(Path(plan), done.to_json(digest(normal)))
-    common.DeduplicateInitializersPass()(pruned)
+    join_copies(pruned)
     save_model(pruned, Path(output))
     return result
 

@@ -78,7 +78,7 @@ def _plan(units: Units, alive: NDArray[np.bool_]) -> Plan:
     tensors: dict[str, tuple[Removal, ...]] = {}
     for node in units.model.graph:
         for value in node.outputs:
-            if units.solution.shapes.element_type(value) in SMALL_INTEGERS:
+            if not value.name or units.solution.shapes.element_type(value) in SMALL_INTEGERS:
                 continue
             removals = []
             shape = units.solution.shapes(value) or ()

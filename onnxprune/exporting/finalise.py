@@ -36,8 +36,7 @@ def finalise(model: ir.Model) -> ir.Model:
         with native_output_hidden():
             proto, _ = onnxsim.simplify(onnx.load_from_string(to_bytes(model)), skipped_optimizers=KEEP)
         result = cast(ir.Model, ir.from_proto(proto))
-        common.DeduplicateInitializersPass()(result)
-        common.RemoveUnusedNodesPass()(result)
+        join_copies(result)
         inputs = random_inputs(model, seed=0)
         pairs = zip(run_model(comparable_form(model), inputs), run_model(comparable_form(result), inputs), strict=True)
         if all(relative_difference(a, b) <= tolerance(model) for a, b in pairs):
@@ -45,6 +44,13 @@ def finalise(model: ir.Model) -> ir.Model:
     except Exception:  # simplifying is a convenience; the cut model itself was checked
         return model
     return model
+
+
+def join_copies(model: ir.Model) -> None:
+    """Makes one of initializers and nodes that compute the same, in place."""
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
 
 
 def pads_before_convolutions(model: ir.Model) -> list[ir.Node]:

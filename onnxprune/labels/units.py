@@ -82,7 +82,7 @@ def find_units(solution: Solution) -> Units:
             if vector is None:
                 continue
             present, counts = np.unique(vector, return_counts=True)
-            if value.is_initializer():
+            if value.is_initializer() and not _is_fill(value):
                 owners.append((vector, value.name or ""))
             if vector.tobytes() not in seen:
                 seen.add(vector.tobytes())
@@ -120,9 +120,11 @@ def _groups(
     kernels = _kernels(solution, index, count)
     groups = []
     for group in np.unique(group_of):
+        if not names[group]:  # nothing that was trained
+            continue
         units = free[group_of == group]
         exact = not any(int(unit) in solution.inexact_nodes for unit in units)
-        label = names[group][0] if names[group] else f"group {group}"
+        label = names[group][0]
         members = tuple(dict.fromkeys(names[group]))
         groups.append(
             Group(
@@ -246,10 +248,18 @@ QUANTISED = {"DequantizeLinear": (0,), "MatMulInteger": (0, 1), "ConvInteger": (
 
 
 def is_parameter(value: ir.Value) -> bool:
-    """Whether an initializer holds floating-point numbers or quantised weights."""
+    """Whether an initializer holds floating-point numbers or quantised weights that were trained."""
     if value.dtype is None or value.dtype.is_floating_point():
-        return value.dtype is not None
+        return value.dtype is not None and not _is_fill(value)
     return any(position in QUANTISED.get(node.op_type, ()) for node, position in value.uses())
+
+
+def _is_fill(value: ir.Value) -> bool:
+    """Whether an initializer is one number repeated, to be expanded: a state of zeros, say."""
+    if not value.uses() or any(node.op_type != "Expand" for node in value.consumers()):
+        return False
+    array = constant(value)
+    return array is not None and bool((array == array.flat[0]).all() if array.size else True)
 
 
 def weight_matrix(value: ir.Value) -> NDArray[np.float64]:

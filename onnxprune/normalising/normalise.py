@@ -34,6 +34,7 @@ from onnxprune.normalising.arithmetic import simplify_shape_arithmetic
 from onnxprune.normalising.integers import has_integers, spell_out_integers
 from onnxprune.normalising.packed import take_apart
 from onnxprune.normalising.unroll import unroll
+from onnxprune.normalising.untie import pick_from_parts, untie
 
 OLDEST_OPSET = 17  # LayerNormalization, and BatchNormalization as training knows it
 COMPATIBLE_OPSET = 13  # from here to there operators only gained attributes: what the converter lacks is as it was
@@ -130,9 +131,11 @@ def _normalised(model: ir.Model, sizes: int) -> ir.Model:
         _fold_constants(model)
         left, before = sum(node.op_type in ("If", "Loop") for node in model.graph), left
     take_apart(model)
+    pick_from_parts(model)
     _clean(model)
     _unshare_initializers(model)
     _name_everything(model)
+    untie(model)
     return model
 
 
