@@ -19,7 +19,8 @@ HEADS = """
 WEIGHTS = ", ".join(f"float[12,12] w{p}{i}" for p in "qkvo" for i in range(2))
 TWO = "\n".join(HEADS.format(i=i, j=i + 1) for i in range(2))
 ATTENTION = f"""(float[N,T,12] x0, {WEIGHTS}, float[12,5] out, EXTRA) => (float[N,T,5] y)
-    <int64[4] split = {{0,0,4,3}}, int64[3] join = {{0,0,12}}, int64 one = {{1}}, int64 zero = {{0}}, int64[1] first = {{0}},
+    <int64[4] split = {{0,0,4,3}}, int64[3] join = {{0,0,12}}, int64 one = {{1}}, int64 zero = {{0}},
+    int64[1] first = {{0}},
     int64[1] second = {{1}}> {{ BIAS {TWO} y = MatMul(x2, out) }}"""
 DISTANCE = """sh = Shape(x0) t = Gather<axis=0>(sh, one) p = Range(zero, t, one) f = Cast<to=1>(p)
     r = Unsqueeze(f, first) col = Unsqueeze(f, second) gap = Sub(r, col)"""
@@ -31,7 +32,8 @@ BIASES = {
     ),
 }
 STATES = """(float[T,N,6] x, float[1,32,6] w1, float[1,32,8] r1, float[1,32,8] w2, float[1,32,8] r2, float[8,5] out)
-    => (float[M,5] y) <int64 one = {1}, int64[1] first = {0}, int64[1] two = {2}, int64[1] width = {8}, int64[1] axis = {1},
+    => (float[M,5] y) <int64 one = {1}, int64[1] first = {0}, int64[1] two = {2}, int64[1] width = {8},
+    int64[1] axis = {1},
     int64[1] end = {2}, int64[1] begin = {1}, int64 last = {-1}> {
     sh = Shape(x) n = Gather<axis=0>(sh, one) m = Unsqueeze(n, first) dims = Concat<axis=0>(two, m, width)
     zeros = ConstantOfShape(dims) s1 = Slice(zeros, first, begin, first) s2 = Slice(zeros, begin, end, first)

@@ -10,6 +10,7 @@ weights, which it fills by a seed. Writes a row for each model.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def owned(model: ir.Model) -> int:
         return {value}.union(*[reach(each) for each in node.inputs if each is not None and cheap.get(each)])
 
     def copy(value: ir.Value, user: ir.Node, copies: dict[ir.Value, ir.Value]) -> ir.Value:
-        node = value.producer()
+        node: ir.Node | None = value.producer()
         if value in copies or not cheap.get(value):
             return copies.get(value, value)
         if node is None:
@@ -60,8 +61,8 @@ def owned(model: ir.Model) -> int:
             model.graph.register_initializer(made)
             copies[value] = made
             return made
-        inputs = [None if each is None else copy(each, user, copies) for each in node.inputs]
-        twin = ir.Node("", node.op_type, inputs, node.attributes.values(), num_outputs=len(node.outputs))
+        fed_by = [None if each is None else copy(each, user, copies) for each in node.inputs]
+        twin = ir.Node("", node.op_type, fed_by, node.attributes.values(), num_outputs=len(node.outputs))
         twin.name = f"{node.name}~{given}"
         for old, new in zip(node.outputs, twin.outputs, strict=True):
             new.name, new.type, new.shape = f"{old.name}~{given}", old.type, old.shape
@@ -72,13 +73,14 @@ def owned(model: ir.Model) -> int:
     for node in list(model.graph):
         if node.outputs and cheap.get(node.outputs[0]):
             continue
-        for index, value in enumerate(node.inputs):
-            computed = value is not None and cheap.get(value) and value.producer() is not None
-            if value is None or not computed or value.dtype not in (None, ir.DataType.FLOAT, ir.DataType.FLOAT16):
+        for index, read in enumerate(node.inputs):
+            if read is None or not cheap.get(read) or read.producer() is None:
                 continue
-            if (whole := reach(value)) & seen:
+            if read.dtype not in (None, ir.DataType.FLOAT, ir.DataType.FLOAT16):
+                continue
+            if (whole := reach(read)) & seen:
                 given += 1
-                node.replace_input_with(index, copy(value, node, {}))
+                node.replace_input_with(index, copy(read, node, {}))
             seen |= whole
     return given
 
@@ -103,18 +105,12 @@ def models_in(folder: Path) -> Any:
     filler = None
     if (folder / "zoo.py").exists():
         sys.path.insert(0, str(folder))
-        import zoo  # type: ignore[import-not-found]
-
-        filler = zoo
+        filler = importlib.import_module("zoo")
     for path in sorted(folder.rglob("*.onnx")):
         if filler is None:
             yield path, open_model(path)
         else:
-            import onnx
-
-            proto = onnx.load(str(path))
-            filler.fill(proto, seed=0)
-            yield path, ir.from_proto(proto)
+            yield path, ir.from_proto(filler.load(str(path), seed=0))
 
 
 def main() -> None:
