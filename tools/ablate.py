@@ -82,7 +82,10 @@ def main() -> None:
         part = train.take(np.sort(drawn))
         again, biased, fitted = pruned.clone(), pruned.clone(), pruned.clone()
         reestimate_batch_norm(again, part)
-        blocks, module._blocks = module._blocks, lambda layer, memory: iter([slice(0, 0)] * (layer.bias is not None))
+        blocks, module._blocks = (
+            module._blocks,
+            lambda layer, memory: iter([slice(0, 0)] * any(use.bias for use in layer.uses)),
+        )
         module.reconstruct(biased, model, plan, part)
         module._blocks, start = blocks, time.perf_counter()
         module.reconstruct(fitted, model, plan, part)

@@ -1,11 +1,12 @@
 """Repair without training: what is left of every layer is fitted to what the uncut layer computed.
 
-For each convolution and product, in order: with X its inputs in the cut model and E what its outputs lack against the
-uncut model's, the change of its weights is the ridge regression `(X'X + lambda I)^-1 X'E`, with a column of ones for
-the bias. Inputs are the cut model's own, with everything before repaired already, so that errors don't pile up
-(He et al. 2017, Channel Pruning, section 3.1, equation 5; Luo et al. 2017, ThiNet, equation 7). Labels aren't needed.
-Where samples are scarce, lambda is what does best on samples that are held out, and a layer that gains nothing there is
-left as it is.
+For each product, in order: with X its inputs in the cut model and E what its outputs lack against the uncut model's,
+the change of its weights is the ridge regression `(X'X + lambda I)^-1 X'E`, with a column of ones for the bias. Inputs
+are the cut model's own, with everything before repaired already, so that errors don't pile up (He et al. 2017, Channel
+Pruning, section 3.1, equation 5; Luo et al. 2017, ThiNet, equation 7). Labels aren't needed. Nodes that share weights
+are fitted together. Recurrent layers are fitted before their gates (`recurrent.py`), scales and shifts of normalisation
+channel by channel. Where samples are scarce, lambda is what does best on samples that are held out; a layer that gains
+nothing on those is left as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,19 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxprune.cutting.plan import Plan
+from onnxprune.errors import ModelError
 from onnxprune.evaluating.data import Dataset, batches, fixed_batch
 from onnxprune.evaluating.evaluate import Batch, run_session, session_options
 from onnxprune.graph.model import constant, open_session
-from onnxprune.labels.flow import integer, integers, text
+from onnxprune.labels.flow import operator_name
+from onnxprune.labels.recurrent import GATES
 from onnxprune.labels.units import weight_matrix
+from onnxprune.repairing.floats import Twin, in_floats
+from onnxprune.repairing.moments import SILENT, Array, Moments, Sample
+from onnxprune.repairing.products import Product, Unfit, bias_of, product_of
+from onnxprune.repairing.recurrent import STATES, Recurrent, Wanted
+from onnxprune.repairing.scales import scaling_of
+from onnxprune.repairing.walk import Walk
 
 SAMPLES = 512  # calibration samples
 SIZE, FEW = 32, 4  # samples in a batch; in one by which memory is told
@@ -33,74 +42,180 @@ ROWS = 16384  # positions that a layer is fitted on, at most
 MEMORY = 2**31  # bytes, of which a half is for inner values, a quarter each for uncut outputs and for Gram matrices
 TENSORS, COPIES = 3, 4  # inner values of the largest size at once; float64 arrays while a layer is solved for
 NARROWEST = 16  # inputs at a time, below which a layer is left alone
-SILENT = 1e-3
 RIDGE = 1e-3  # lambda, in units of the mean diagonal of the Gram matrix
-PLENTY = 8  # positions for each input, below which lambda is chosen on a quarter of them that is held out
+PLENTY = 8  # positions for each input, below which lambda is chosen on held-out samples, and those are used after all
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-
-Array = NDArray[np.float64]
-Sample = NDArray[np.float32]  # (positions, channels)
-Target = tuple[tuple[int, ...], NDArray[np.int64], Sample]  # the shape of a value, some of its positions, and those
+APART = 8  # one of so many batches' positions is held out where there are plenty, and four times that where not
 
 
 @dataclass(frozen=True)
-class Fit:
-    """A layer that can be fitted: its node and parameters, and where its outputs are compared with the uncut ones.
+class Repaired:
+    """What became of one layer: `gained` is the share of what it lacked, on held-out samples, that it won back."""
+
+    layer: str
+    kind: str
+    gained: float | None = None
+    why_not: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as JSON."""
+        return {"layer": self.layer, "kind": self.kind, "gained": self.gained, "why_not": self.why_not}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the uncut model has at some positions of a value: its shape after the cut, the positions, and those."""
+
+    shape: tuple[int, ...]
+    rows: NDArray[np.int64]
+    values: Sample  # (positions, groups, channels)
+
+
+@dataclass(frozen=True)
+class Use:
+    """One node of a layer, and where its outputs are compared with the uncut ones.
 
     That is at `end`: the sum that it is a branch of, if any, so that it makes up for what the others lack as well; else
-    its own output. `scale` is what a change of its output is multiplied with on the way, by channel, and `kept` the
-    channels of the uncut value that are left.
+    its own output. `scale` is what a change of its output is multiplied with on the way, by channel.
     """
 
-    node: ir.Node
-    weight: ir.Value
+    product: Product
     bias: ir.Value | None
     end: ir.Value
     scale: Array
-    kept: list[int] | None
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A layer that is linear in its weights: all nodes that use them."""
+
+    weight: ir.Value
+    uses: list[Use]
+    removals: dict[str, list[tuple[int, list[int]]]]  # by end: axes and what is kept of them
 
     @property
-    def groups(self) -> int:
-        """In how many parts inputs and outputs lie that don't see each other."""
-        return integer(self.node, "group", 1) if self.node.op_type == "Conv" else 1
+    def node(self) -> ir.Node:
+        """The first node."""
+        return self.uses[0].product.node
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """How many outputs there are in a group, and how many inputs each has."""
-        outputs, inputs = self._matrix(np.asarray(constant(self.weight))).shape
-        return outputs // self.groups, inputs
+    def kind(self) -> str:
+        """What a person calls it."""
+        shared = f", shared by {len(self.uses)}" if len(self.uses) > 1 else ""
+        return f"{self.node.op_type}{shared}"
 
     @property
-    def axis(self) -> int:
-        """The axis of the output along which its channels lie."""
-        return 1 if self.node.op_type == "Conv" else -1
+    def ends(self) -> list[str]:
+        """The values of the uncut model that it is compared with."""
+        return [use.end.name or "" for use in self.uses]
 
-    def outputs(self, array: NDArray[np.floating], rows: NDArray[np.int64]) -> Sample:
-        """Some positions of an output, one in each row."""
-        flat = np.moveaxis(array, self.axis, -1)
-        return np.asarray(flat.reshape(-1, flat.shape[-1])[rows], np.float32)
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Groups, inputs and outputs."""
+        groups, inputs, outputs = self.matrix().shape
+        return groups, inputs, outputs
 
-    def inputs(self, array: NDArray[np.floating], shape: tuple[int, ...], rows: NDArray[np.int64]) -> Sample:
-        """What those positions are computed from; `shape` is that of the output."""
-        if self.node.op_type == "Conv":
-            return _patches(self.node, array, shape, rows)
-        return np.asarray(array.reshape(-1, array.shape[-1])[rows], np.float32)
+    def matrix(self) -> Array:
+        """The weights as (groups, inputs, outputs)."""
+        return np.asarray(self.uses[0].product.matrix(np.asarray(constant(self.weight), np.float64)), np.float64)
 
-    def change(self, delta: Array, block: slice) -> None:
-        """Adds a change of shape (groups, inputs in the block, outputs), with one more input for the bias."""
-        width = delta.shape[1] - (self.bias is not None)
-        array = np.array(constant(self.weight), np.float64)
-        matrix = self._matrix(array)
-        matrix[:, block] += delta[:, :width].swapaxes(1, 2).reshape(len(matrix), width)
-        _set(self.weight, array)
-        if self.bias is not None:
-            _set(self.bias, np.array(constant(self.bias), np.float64) + delta[:, width].ravel())
+    @property
+    def widths(self) -> int:
+        """Numbers that are held for each position."""
+        groups, _, outputs = self.sizes
+        return groups * outputs
 
-    def _matrix(self, weights: NDArray[Any]) -> NDArray[Any]:
-        """A view of the weights as (outputs, inputs of each)."""
-        if self.node.op_type == "Conv":
-            return weights.reshape(len(weights), -1)
-        return weights if self.node.op_type == "Gemm" and integer(self.node, "transB", 0) else weights.T
+    def wanted(self, arrays: dict[str, NDArray[Any]], limit: int, random: np.random.Generator) -> list[Target]:
+        """What the uncut model has at up to `limit` positions of a batch, for each node."""
+        found, share = [], max(1, limit // len(self.uses))
+        for use in self.uses:
+            array, name = arrays[use.end.name or ""], use.end.name or ""
+            for axis, kept in self.removals.get(name, ()):
+                array = array.take(kept, axis)
+            laid = use.product.lay(array)
+            rows = np.sort(random.choice(len(laid), min(share, len(laid)), replace=False))
+            found.append(Target(array.shape, rows, np.asarray(laid[rows], np.float32)))
+        return found
+
+    def fit(self, walk: Walk, twin: Twin, wanted: Sequence[list[Target]], block: slice) -> float:
+        """Ridge regression on a block of inputs; returns the share of what was lacking that it won back."""
+        biases = list(dict.fromkeys(use.bias for use in self.uses if use.bias is not None))
+        factors = [self.uses[0].product.factor(index) for index in (0, 1)]
+        if not all(factors):
+            raise Unfit("it is multiplied with zero")
+        positions = sum(len(target.rows) for targets in wanted for target in targets)
+        scarce = positions < PLENTY * (block.stop - block.start)
+        kept, apart = self._moments(walk, wanted, block, biases, 4 if scarce else APART)
+        share = RIDGE
+        if scarce and apart.rows:
+            gains = {each: apart.gain(kept.solved(each)) for each in RIDGES}
+            share = max(gains, key=gains.__getitem__)
+        judged = apart if apart.rows else kept
+        gained = judged.gain(kept.solved(share)) / max(judged.square, 1e-30) if scarce else None
+        if gained is not None and not gained > 0:
+            return 0.0
+        if scarce:
+            kept.merge(apart)
+        delta = kept.solved(share)
+        if gained is None:
+            gained = judged.gain(delta) / max(judged.square, 1e-30)
+        if not np.isfinite(delta).all() or not gained > 0:
+            return 0.0
+        return gained if self._change(twin, delta, block, biases, kept) else 0.0
+
+    def _moments(
+        self, walk: Walk, wanted: Sequence[list[Target]], block: slice, biases: list[ir.Value], part: int
+    ) -> tuple[Moments, Moments]:
+        """What is fitted on, and what is held out: the first positions of each batch, which are in order of samples."""
+        kept, apart = Moments(), Moments()
+        names = [name for use in self.uses for name in (use.end.name or "", use.product.source.name or "")]
+        for arrays, targets in zip(walk.values(names), wanted, strict=True):
+            for use, target in zip(self.uses, targets, strict=True):
+                made = arrays[use.end.name or ""]
+                if made.shape != target.shape:
+                    raise Unfit("what is folded into its positions was cut")
+                x = use.product.inputs(arrays[use.product.source.name or ""], made.shape, target.rows)
+                lack = np.asarray((target.values - use.product.lay(made)[target.rows]) / use.scale, np.float32)
+                seen, lack = x.swapaxes(0, 1)[..., block] * np.float32(use.product.factor(0)), lack.swapaxes(0, 1)
+                ones = np.zeros((*seen.shape[:2], len(biases)), np.float32)
+                if use.bias is not None:
+                    ones[..., biases.index(use.bias)] = use.product.factor(1)
+                seen = np.concatenate([seen, ones], 2)
+                first = len(target.rows) // part
+                apart.add(seen[:, :first], lack[:, :first])
+                kept.add(seen[:, first:], lack[:, first:])
+        return kept, apart
+
+    def _change(self, twin: Twin, delta: Array, block: slice, biases: list[ir.Value], kept: Moments) -> bool:
+        """Adds a change of shape (groups, inputs in the block, outputs), with more inputs for the biases."""
+        width = block.stop - block.start
+        before = self.matrix()
+        after = before.copy()
+        after[:, block] += delta[:, :width]
+        product, shape = self.uses[0].product, constant(self.weight).shape
+
+        def lack(weights: Array) -> float:
+            moved = delta.copy()
+            moved[:, :width] = np.asarray(product.matrix(weights), np.float64)[:, block] - before[:, block]
+            return -kept.gain(moved)
+
+        if not twin.write(self.weight, product.unlay(after, shape), lack):
+            return False
+        for index, bias in enumerate(biases):
+            array = np.array(constant(bias), np.float64)
+            twin.write(bias, array + delta[:, width + index].reshape(array.shape), lambda _: -1.0)
+        return True
+
+
+Layer = Linear | Recurrent
+
+
+@dataclass
+class Found:
+    """The layers of a model that can be fitted, in order, and those that can't, with the reason."""
+
+    layers: list[Layer] = field(default_factory=list)
+    refused: list[Repaired] = field(default_factory=list)
 
 
 def reconstruct(
@@ -112,60 +227,125 @@ def reconstruct(
     progress: Callable[[int, int], None] = lambda done, total: None,
     memory: int | None = None,
     note: Callable[[str], None] = lambda text: None,
-) -> int:
-    """Fits every convolution and product of a cut model, in place; returns how many there were.
+) -> list[Repaired]:
+    """Fits every layer of a cut model that can be, in place; returns what became of each.
 
-    `plan` says what the model lost of `baseline`, whose value names it has. Left alone are weights that several nodes
-    share or that aren't floats. `memory` bounds, in bytes, what is held beside the models and the runtime's own: fewer
-    samples and positions, and layers whose Gram matrix would be too large are fitted to a part of their inputs after
-    the other; `note` is told of those.
+    `plan` says what the model lost of `baseline`, whose value names it has. `memory` bounds, in bytes, what is held
+    beside the models and the runtime's own: fewer samples and positions, and layers whose Gram matrix would be too
+    large are fitted to a part of their inputs after the other; `note` is told of those. A fit that fails leaves its
+    layer as it was, with the reason.
     """
     memory = memory or MEMORY
-    layers = list(_layers(model, baseline, plan))
+    twin, whole = in_floats(model), in_floats(baseline).model
+    found = find_layers(twin.model, whole, plan)
+    layers = found.layers
     if not layers or len(data) < (fixed_batch(model) or 1):
-        return 0
-    feeds, wanted = _uncut_outputs(baseline, layers, data, threads, memory)
-    walk = Walk(model, feeds[: len(wanted[0])], threads)
+        return []
+    feeds, wanted = _uncut_outputs(whole, layers, data, threads, memory)
+    walk = Walk(twin.model, feeds[: len(wanted[0])], threads)
     if len(wanted[0]) < len(feeds):
         note(f"repair: {len(wanted[0])} of {len(feeds)} batches of calibration data fit into {memory >> 20} MB")
-    parted = list[str]()
+    parted, results = list[str](), list[Repaired]()
     for number, layer in enumerate(layers):
         progress(number + 1, len(layers))
-        walk.reach(layer.node)
-        blocks = list(_blocks(layer, memory // 4))
-        parted += [layer.node.name or ""] * (len(blocks) != 1)
-        for block in blocks:
-            _fit(walk, layer, wanted[number], block)
+        results.append(_fitted(walk, twin, layer, wanted[number], memory, parted))
+        wanted[number] = []
     if parted:
         note(f"repair: {len(parted)} layers were fitted to parts of their inputs for want of memory, as {parted[0]}")
-    return len(layers)
+    return results + found.refused
 
 
-def _blocks(layer: Fit, memory: int) -> Iterator[slice]:
+def _fitted(walk: Walk, twin: Twin, layer: Layer, wanted: Sequence[Any], memory: int, parted: list[str]) -> Repaired:
+    name = layer.node.name or layer.node.outputs[0].name or ""
+    try:
+        walk.reach(layer.node)
+        if isinstance(layer, Recurrent):
+            return Repaired(name, layer.node.op_type, layer.fit(walk, twin, wanted))
+        blocks, left = list(_blocks(layer, memory // 4)), 1.0
+        parted += [name] * (len(blocks) != 1)
+        for block in blocks:
+            left *= 1 - layer.fit(walk, twin, wanted, block)
+        return Repaired(name, layer.kind, 1 - left)
+    except (Unfit, ModelError, np.linalg.LinAlgError, MemoryError, ValueError, IndexError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return Repaired(name, layer.node.op_type, None, reason)
+
+
+def _blocks(layer: Linear, memory: int) -> Iterator[slice]:
     """The inputs of a layer in as few parts as memory allows for Gram matrices; nothing where they'd be too narrow."""
-    outputs, inputs = layer.sizes
-    numbers = memory // (8 * COPIES * layer.groups)
+    groups, inputs, outputs = layer.sizes
+    numbers = memory // (8 * COPIES * groups)
     widest = int((math.sqrt(outputs**2 + 4 * numbers) - outputs) / 2)
     if widest >= min(NARROWEST, inputs):
         edges = np.linspace(0, inputs, -(-inputs // widest) + 1).astype(int)
         yield from (slice(int(a), int(b)) for a, b in itertools.pairwise(edges))
 
 
-def _layers(model: ir.Model, baseline: ir.Model, plan: Plan) -> Iterator[Fit]:
-    known = {value.name for node in baseline.graph for value in node.outputs}
+def find_layers(model: ir.Model, baseline: ir.Model, plan: Plan) -> Found:
+    """What can be fitted in a cut model in floats, and what can't."""
+    known = {value.name: node for node in baseline.graph for value in node.outputs}
+    found, seen = Found(), set[ir.Value]()
     for node in model.graph:
-        if node.domain or node.op_type not in ("Conv", "Gemm", "MatMul") or node.outputs[0].name not in known:
+        name = node.outputs[0].name or ""
+        if operator_name(node) in GATES:
+            _find_recurrent(node, baseline, plan, found)
             continue
-        source, weight = node.inputs[0], node.inputs[1]
-        if source is None or source.is_initializer() or weight is None or not _fits(node, weight):
+        product = product_of(node) or scaling_of(node)
+        if product is None:
             continue
-        end, scale = _end(node)
+        if product.weight in seen or name not in known:
+            continue
+        seen.add(product.weight)
+        try:
+            found.layers.append(_linear(product, known, plan))
+        except Unfit as error:
+            found.refused.append(Repaired(node.name or name, node.op_type, None, str(error)))
+    return found
+
+
+def _find_recurrent(node: ir.Node, baseline: ir.Model, plan: Plan, found: Found) -> None:
+    uncut = next((each for each in baseline.graph if each.name == node.name), None)
+    if uncut is None:
+        return
+    for each in (node, uncut):
+        if not each.outputs[0].name:
+            each.outputs[0].name = f"{node.name}.{STATES}"
+    removals = {removal.axis: removal for removal in plan.tensors.get(_cut_output(uncut, plan), ())}
+    kept = next((removal.kept() for removal in removals.values()), None)
+    found.layers.append(Recurrent(node, uncut, kept))
+
+
+def _cut_output(node: ir.Node, plan: Plan) -> str:
+    """An output of a recurrent layer that the plan speaks of; all end in the same units."""
+    return next((value.name for value in node.outputs if value.name and value.name in plan.tensors), "")
+
+
+def _linear(product: Product, known: dict[str | None, ir.Node], plan: Plan) -> Linear:
+    """The layer of all nodes that use the same weights. Raises `Unfit` where one of them does something else."""
+    weight, uses = product.weight, list[Use]()
+    for user, _ in weight.uses():
+        own = product if user is product.node else product_of(user) or scaling_of(user)
+        if (
+            own is None
+            or type(own) is not type(product)
+            or own.weight is not weight
+            or (user.op_type != product.node.op_type or own.factor(0) != product.factor(0))
+        ):
+            raise Unfit(f"its weights are used by {user.op_type} {user.name} in another way")
+        end, scale = _end(user)
         if end.name not in known:
-            end, scale = node.outputs[0], np.ones(1)
-        removals = {removal.axis: removal for removal in plan.tensors.get(end.name or "", ())}
-        axis = 1 if node.op_type == "Conv" else max(removals, default=0)
-        kept = removals[axis].kept() if axis in removals else None
-        yield Fit(node, weight, _own_bias(node), end, scale, kept)
+            end, scale = user.outputs[0], np.ones(1)
+        if end.name not in known:
+            raise Unfit("its output isn't one of the uncut model")
+        array = np.asarray(constant(weight))
+        groups, _, outputs = own.matrix(array).shape
+        wide = scale if scale.size == 1 else scale.reshape(groups, outputs)
+        uses.append(Use(own, bias_of(own, groups * outputs), end, wide))
+    removals = {
+        use.end.name or "": [(removal.axis, removal.kept()) for removal in plan.tensors.get(use.end.name or "", ())]
+        for use in uses
+    }
+    return Linear(weight, uses, removals)
 
 
 def _end(node: ir.Node) -> tuple[ir.Value, Array]:
@@ -190,169 +370,33 @@ def _end(node: ir.Node) -> tuple[ir.Value, Array]:
     return own, np.ones(1)
 
 
-def _fits(node: ir.Node, weight: ir.Value) -> bool:
-    array = weight.const_value
-    if not weight.is_initializer() or array is None or len(weight.uses()) > 1 or not array.dtype.is_floating_point():
-        return False
-    shape = tuple(int(dim) for dim in array.shape.numpy())
-    if node.op_type == "Conv":
-        return text(node, "auto_pad", "NOTSET") in ("NOTSET", "VALID")
-    scaled = any(name in node.attributes and node.attributes[name].as_float() != 1 for name in ("alpha", "beta"))
-    return len(shape) == 2 and not scaled and not integer(node, "transA", 0)
-
-
-def _own_bias(node: ir.Node) -> ir.Value | None:
-    """The bias of a layer, or one that is added to a product behind it, if nothing else uses it."""
-    value = node.inputs[2] if len(node.inputs) > 2 else None
-    users = node.outputs[0].consumers()
-    if node.op_type == "MatMul" and len(users) == 1 and users[0].op_type == "Add":
-        value = next((each for each in users[0].inputs if each is not None and each.is_initializer()), None)
-    array = constant(value)
-    return value if value is not None and array is not None and array.ndim == 1 and len(value.uses()) == 1 else None
-
-
 def _uncut_outputs(
-    baseline: ir.Model, layers: list[Fit], data: Dataset, threads: int | None, memory: int
-) -> tuple[Sequence[Batch], list[list[Target]]]:
+    baseline: ir.Model, layers: list[Layer], data: Dataset, threads: int | None, memory: int
+) -> tuple[Sequence[Batch], list[list[list[Target] | list[Wanted]]]]:
     """Calibration batches, and what the uncut model computes where each layer ends for as many as memory allows."""
-    names = [layer.end.name or "" for layer in layers]
-    graph = ir.convenience.extract(baseline.graph, baseline.graph.inputs, list(dict.fromkeys(names)))
+    names = list(dict.fromkeys(name for layer in layers for name in layer.ends))
+    given = {value.name for value in baseline.graph.inputs}
+    computed = [name for name in names if name not in given]
+    graph = ir.convenience.extract(baseline.graph, baseline.graph.inputs, computed)
     session = open_session(ir.Model(graph, ir_version=baseline.ir_version), session_options(threads))
-    size = fixed_batch(baseline) or min(SIZE, len(data))
-    if fixed_batch(baseline) is None and size > FEW:
-        few = run_session(session, next(batches(data.take(slice(0, FEW)), FEW)))
-        size = max(FEW, min(size, FEW * (memory // 2) // sum(array.nbytes for array in few)))
-    feeds = list(batches(data.take(slice(0, min(SAMPLES, len(data)) // size * size)), size))
+    feeds = _feeds(baseline, session, data, memory)
     random = np.random.default_rng(0)
-    found: list[list[Target]] = [[] for _ in layers]
+    found: list[list[list[Target] | list[Wanted]]] = [[] for _ in layers]
     for number, batch in enumerate(feeds):
-        ends = dict(zip(dict.fromkeys(names), run_session(session, batch), strict=True))
-        arrays = [ends[name] for name in names]
-        if number >= max(1, memory // 2 // (TENSORS * max(array.nbytes for array in arrays))):
+        arrays = {**batch, **dict(zip(computed, run_session(session, batch), strict=True))}
+        if number >= max(1, memory // 2 // (TENSORS * max(arrays[name].nbytes for name in names))):
             break
-        widths = sum(array.shape[layer.axis] for layer, array in zip(layers, arrays, strict=True))
-        limit = max(1, min(ROWS, memory // 4 // (4 * widths)) // len(feeds))
-        for layer, array, targets in zip(layers, arrays, found, strict=True):
-            positions = array.size // array.shape[layer.axis]
-            rows = np.sort(random.choice(positions, min(limit, positions), replace=False))
-            rest = layer.outputs(array, rows)
-            targets.append((array.shape, rows, rest if layer.kept is None else rest[:, layer.kept]))
+        limit = max(1, min(ROWS, memory // 4 // (4 * sum(layer.widths for layer in layers))) // len(feeds))
+        for layer, targets in zip(layers, found, strict=True):
+            targets.append(layer.wanted(arrays, limit, random))
     return feeds, found
 
 
-class Walk:
-    """A walk through a model with all calibration batches at once: what later nodes need is held for each batch.
-
-    So fitting one layer after the other takes about as long as running the model twice, not once for each layer.
-    """
-
-    def __init__(self, model: ir.Model, feeds: Sequence[Batch], threads: int | None) -> None:
-        self.model, self.threads = model, threads
-        self.order = {node: index for index, node in enumerate(model.graph)}
-        self.nodes = list(model.graph)
-        self.at = 0
-        self.held = [dict(feed) for feed in feeds]
-
-    def reach(self, node: ir.Node) -> None:
-        """Computes everything that `node` and those behind it need from the nodes before it."""
-        target = self.order[node]
-        before = self.nodes[self.at : target]
-        fresh = [value.name or "" for each in before for value in each.outputs if self._needed(value, target)]
-        if fresh:
-            for held, arrays in zip(self.held, self.run(fresh), strict=True):
-                held.update(zip(fresh, arrays, strict=True))
-        self.at = target
-        values = {value.name: value for each in self.nodes[:target] for value in each.outputs}
-        for name in [name for name in self.held[0] if name in values and not self._needed(values[name], target)]:
-            for held in self.held:
-                del held[name]
-
-    def _needed(self, value: ir.Value, target: int) -> bool:
-        """Whether a node from `target` on, or one inside a subgraph, uses a value."""
-        return any(self.order.get(user, target) >= target for user in value.consumers())
-
-    def run(self, names: list[str]) -> Iterator[list[NDArray[Any]]]:
-        """These values for each batch, computed from what is held."""
-        graph = ir.convenience.extract(self.model.graph, list(self.held[0]), names)
-        for value in graph.inputs:
-            array = self.held[0][value.name or ""]
-            value.type = value.type or ir.TensorType(ir.DataType.from_numpy(array.dtype))
-            value.shape = ir.Shape(array.shape)
-        session = open_session(ir.Model(graph, ir_version=self.model.ir_version), session_options(self.threads))
-        for held in self.held:
-            yield run_session(session, held)
-
-
-def _fit(walk: Walk, layer: Fit, wanted: list[Target], block: slice) -> None:
-    """Ridge regression on a block of inputs, in each group of a layer: (groups, inputs, inputs or outputs)."""
-    source = layer.node.inputs[0]
-    assert source is not None
-    scarce = sum(len(rows) for _, rows, _ in wanted) < PLENTY * (block.stop - block.start)
-    kept, apart = Moments(), Moments()
-    for held, (made,), (shape, rows, target) in zip(walk.held, walk.run([layer.end.name or ""]), wanted, strict=True):
-        if made.size // made.shape[layer.axis] != math.prod(shape) // shape[layer.axis]:
-            return  # what is folded into its positions was cut
-        x = layer.inputs(held[source.name or ""], made.shape, rows)
-        error = np.asarray((target - layer.outputs(made, rows)) / layer.scale, np.float32)
-        seen, lack = (each.reshape(len(rows), layer.groups, -1).swapaxes(0, 1) for each in (x, error))
-        seen = seen[..., block]
-        if layer.bias is not None:
-            seen = np.concatenate([seen, np.ones((*seen.shape[:2], 1), np.float32)], 2)
-        first = len(rows) // 4 if scarce else 0  # rows are in the order of samples
-        apart.add(seen[:, :first], lack[:, :first])
-        kept.add(seen[:, first:], lack[:, first:])
-    share = RIDGE
-    if scarce:
-        gains = {share: apart.gain(kept.solved(share)) for share in RIDGES}
-        share = max(gains, key=gains.__getitem__)
-        if not gains[share] > 0:
-            return
-        kept.gram, kept.cross = kept.gram + apart.gram, kept.cross + apart.cross
-    delta = kept.solved(share)
-    if np.isfinite(delta).all():
-        layer.change(delta, block)
-
-
-class Moments:
-    """Sums over samples of inputs by inputs and of inputs by what is lacking: (groups, inputs, inputs or outputs)."""
-
-    def __init__(self) -> None:
-        self.gram = self.cross = np.zeros((1, 1, 1))
-
-    def add(self, inputs: Sample, lack: Sample) -> None:
-        """More samples: (groups, samples, inputs or outputs)."""
-        turned = inputs.swapaxes(1, 2)
-        self.gram = self.gram + (turned @ inputs).astype(np.float64)
-        self.cross = self.cross + (turned @ lack).astype(np.float64)
-
-    def solved(self, share: float) -> Array:
-        """The change of the weights that makes up for what is lacking, by ridge regression."""
-        means = np.trace(self.gram, axis1=1, axis2=2) / self.gram.shape[1]
-        ridge = share * np.maximum(means, max(SILENT * float(means.mean()), 1e-12))
-        return np.linalg.solve(self.gram + ridge[:, None, None] * np.eye(self.gram.shape[1]), self.cross)
-
-    def gain(self, delta: Array) -> float:
-        """By how much a change lowers the sum of squares of what is lacking."""
-        return float(2 * (delta * self.cross).sum() - (delta * (self.gram @ delta)).sum())
-
-
-def _patches(node: ir.Node, array: NDArray[np.floating], shape: tuple[int, ...], rows: NDArray[np.int64]) -> Sample:
-    """The windows from which positions of a convolution's output are computed: (rows, channels x taps)."""
-    space = len(shape) - 2
-    weight = node.inputs[1]
-    assert weight is not None and weight.const_value is not None
-    kernel = tuple(int(dim) for dim in weight.const_value.shape.numpy())[2:]
-    steps, gaps = (integers(node, name) or [1] * space for name in ("strides", "dilations"))
-    pads = integers(node, "pads") or [0] * 2 * space
-    padded = np.pad(array, [(0, 0), (0, 0), *zip(pads[:space], pads[space:], strict=True)])
-    sample, *where = np.unravel_index(rows, (shape[0], *shape[2:]))
-    taps = []
-    for offset in np.ndindex(*kernel):
-        at = [w * step + o * gap for w, step, o, gap in zip(where, steps, offset, gaps, strict=True)]
-        taps.append(padded[(sample, slice(None), *at)])
-    return np.asarray(np.stack(taps, 2).reshape(len(rows), -1), np.float32)
-
-
-def _set(value: ir.Value, array: Array) -> None:
-    assert value.const_value is not None
-    value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=value.name)
+def _feeds(baseline: ir.Model, session: Any, data: Dataset, memory: int) -> Sequence[Batch]:
+    """Calibration batches of equal size, as large as memory allows."""
+    fixed, count = fixed_batch(baseline), min(SAMPLES, len(data))
+    size = fixed or -(-count // -(-count // SIZE))  # 38 samples are two batches of 19
+    if fixed is None and size > FEW:
+        few = run_session(session, next(batches(data.take(slice(0, FEW)), FEW)))
+        size = max(FEW, min(size, FEW * (memory // 2) // sum(array.nbytes for array in few)))
+    return list(batches(data.take(slice(0, count // size * size)), size))

@@ -192,7 +192,8 @@ class Context:
             return
         whole, plan = (state.model, step) if state.tuned else (self.baseline, state.plan.then(step))
         memory, before = self.options.memory and self.options.memory << 20, model.clone()
-        if not reconstruct(model, whole, plan, self.calibration, self.options.threads, progress, memory, note):
+        done = reconstruct(model, whole, plan, self.calibration, self.options.threads, progress, memory, note)
+        if all(each.gained is None for each in done):
             reestimate_batch_norm(model, self.calibration, self.options.threads)
         if undo_if_worse(model, before, whole, self.calibration, self.options.threads):
             note("repair took the outputs further from the uncut ones, and was undone")
