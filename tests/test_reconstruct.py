@@ -117,8 +117,8 @@ RECURRENT = {
         { y = LSTM<hidden_size=6, direction="bidirectional">(x, w, r, b) }""",
     "last state alone": "(float[T,N,5] x, float[1,24,5] w, float[1,24,6] r) => (float[1,N,6] h)"
         "{ y, h = LSTM<hidden_size=6>(x, w, r) }",
-    "peepholes": "(float[T,N,5] x, float[1,24,5] w, float[1,24,6] r, float[1,48] b, float[1,18] p) => (float[T,1,N,6] y)"
-        "{ y = LSTM<hidden_size=6>(x, w, r, b, , , , p) }",
+    "peepholes": "(float[T,N,5] x, float[1,24,5] w, float[1,24,6] r, float[1,48] b, float[1,18] p) =>"
+        "(float[T,1,N,6] y) { y = LSTM<hidden_size=6>(x, w, r, b, , , , p) }",
     "GRU": "(float[T,N,5] x, float[1,18,5] w, float[1,18,6] r, float[1,36] b) => (float[T,1,N,6] y)"
         "{ y = GRU<hidden_size=6>(x, w, r, b) }",
     "GRU with its reset behind": "(float[T,N,5] x, float[1,18,5] w, float[1,18,6] r, float[1,36] b) =>"
