@@ -27,9 +27,10 @@ from onnxprune.labels.convolution import SPACE
 from onnxprune.labels.solve import Granularity
 from onnxprune.labels.units import Units, find_units, prunable
 from onnxprune.normalising.normalise import normalise
-from onnxprune.scoring.cost import Alive, Cost
+from onnxprune.repairing.reconstruct import unrepairable
+from onnxprune.scoring.cost import Alive, Cost, node_macs
 from onnxprune.scoring.lineup import line_up, reorder
-from onnxprune.scoring.score import Scope, normalise_scores, score_units
+from onnxprune.scoring.score import Scope, normalise_scores, score_units, stored, weight_values
 from onnxprune.training.forward import untrainable
 
 
@@ -289,6 +290,8 @@ class Inspection:
     reachable_params: float
     opset: int
     untrainable: dict[str, str]
+    repairable_macs: float
+    unrepairable: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """The inspection as JSON."""
@@ -296,6 +299,7 @@ class Inspection:
             "groups": list(self.groups), "layers": list(self.layers), "locks": list(self.locks), "macs": self.macs,
             "params": self.params, "reachable": {"macs": self.reachable_macs, "params": self.reachable_params},
             "opset": self.opset, "untrainable": self.untrainable,
+            "repairable": {"macs": self.repairable_macs}, "unrepairable": self.unrepairable,
         }  # fmt: skip
 
 
@@ -304,7 +308,8 @@ def inspect(model: str | os.PathLike[str], granularity: Granularity = "auto") ->
 
     A group's `macs` and `params` are what goes with all but one of its units. A lock names a parameter's axis, how many
     of its positions are locked, how many numbers they hold, the reason and the node that locks it. `untrainable` are
-    the parameters that fine-tuning leaves as they are, with the reason.
+    the parameters that fine-tuning leaves as they are, with the reason; `unrepairable` the nodes that repair without
+    training does, and `repairable_macs` the share of the MACs with weights that is in all others.
     """
     normal = normalise(open_model(model))
     units = find_units(analyse(normal, granularity))
@@ -331,11 +336,23 @@ def inspect(model: str | os.PathLike[str], granularity: Granularity = "auto") ->
         {"name": layer.name, "kind": "layer", "params": layer.params, "nodes": len(layer.nodes)}
         for layer in find_layers(normal)
     ]
+    left = unrepairable(normal)
     return Inspection(
         tuple(groups), tuple(layers), tuple(_locks(units)), macs, params,
         1 - cost.macs(smallest) / max(macs, 1), 1 - cost.params(smallest) / max(params, 1),
-        normal.opset_imports.get("", 0), untrainable(normal),
+        normal.opset_imports.get("", 0), untrainable(normal), _repairable(units, left), left,
     )  # fmt: skip
+
+
+def _repairable(units: Units, left: dict[str, str]) -> float:
+    """The share of the MACs with weights that isn't in the nodes that are `left` alone by repair."""
+    weights, size = set(weight_values(units.model)), units.solution.shapes.concrete
+    macs = {
+        node.name or "": node_macs(node, size)
+        for node in units.model.graph
+        if any(stored(value) in weights for value in node.inputs)
+    }
+    return 1 - sum(macs.get(name, 0) for name in left) / max(sum(macs.values()), 1)
 
 
 def _locks(units: Units) -> list[dict[str, Any]]:

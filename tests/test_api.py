@@ -95,7 +95,7 @@ def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option", [{"epochs": 1}, {"sparsify": 1}, {"minutes": 0.1}, {"criterion": "auto"}])
+@pytest.mark.parametrize("option", [{"epochs": 1}, {"sparsify": 1}, {"minutes": 0.1}])
 @pytest.mark.parametrize("eval_data", [None, str(MODELS / "digits_test.npz")])
 def test_what_learns_needs_data_to_learn_from(option: dict[str, object], eval_data: str | None, tmp_path: Path) -> None:
     options = onnxprune.RunOptions(target_macs=0.5, **option)  # type: ignore[arg-type]

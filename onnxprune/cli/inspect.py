@@ -38,6 +38,9 @@ def inspect_command(model: Path, granularity: str, as_json: bool) -> int:
         f"{found.macs:,} MACs and {found.params:,} parameters; with one unit left in every group "
         f"{100 * found.reachable_macs:.0f} % of the MACs and {100 * found.reachable_params:.0f} % of the parameters go"
     )
+    say(f"repair without training reaches {100 * found.repairable_macs:.0f} % of the MACs with weights")
+    for reason, count in Counter(found.unrepairable.values()).most_common():
+        say(f"{count} nodes aren't repaired: {reason}")
     for reason, count in Counter(found.untrainable.values()).most_common():
         say(f"{count} initializers can't be fine-tuned: {reason}")
     if found.reachable_params < HALF and found.locks:

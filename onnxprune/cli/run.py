@@ -82,8 +82,8 @@ RUN_OPTIONS = [
     click.option(
         "--criterion",
         type=click.Choice([*CRITERIA, *DATA_CRITERIA, "auto"]),
-        default="l2",
-        help="How units are scored; auto tries several, and keeps the one of lowest loss after repair.",
+        default="auto",
+        help="How units are scored; auto, with data, is obs, flap or l2: what has the lowest loss after repair.",
     ),
     click.option(
         "--scope",

@@ -18,6 +18,8 @@ from onnxprune.graph.model import constant
 from onnxprune.graph.shapes import Shapes, add_initializer, replace_node
 from onnxprune.labels.flow import integer, integers
 
+SHUT = -1e4  # a bias of a gate that is closed then
+
 Compensation = Callable[["Builder"], bool]
 COMPENSATIONS: dict[str, Compensation] = {}
 
@@ -217,6 +219,20 @@ def skip_layer_norm(build: Builder) -> bool:
     if len(build.node.outputs) > 3:
         build.node.outputs[3].replace_all_uses_with(total)
     return build.replace(build.affine(value, 2, 3) if centered else build.affine(value, 2))
+
+
+@compensation("DynamicQuantizeLSTM")
+def quantised_recurrent(build: Builder) -> bool:
+    """What is masked must be zero inside as well, where states are rounded by their range: its output gate is shut."""
+    outputs = [output.name.split(".masked")[0] for output in build.node.outputs if output.name]
+    gone = [removal for name in outputs for removal in build.removed.get(name, ())]
+    bias = constant(build.node.inputs[3]) if len(build.node.inputs) > 3 else None
+    if not gone or bias is None:
+        return False
+    shut = np.array(bias)
+    shut[:, gone[0].size + np.array(gone[0].removed)] = SHUT  # gates lie in the order input, output, forget, cell
+    build.node.replace_input_with(3, build.add("Identity", shut))
+    return True
 
 
 @compensation("LSTM", "GRU", "RNN")

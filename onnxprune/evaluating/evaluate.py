@@ -15,6 +15,7 @@ from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 
 from onnxprune.errors import ModelError
 from onnxprune.evaluating.data import Dataset, batches, fixed_batch, model_inputs, random_inputs
+from onnxprune.graph.floats import spell_recurrent
 from onnxprune.graph.model import open_model, open_session
 from onnxprune.graph.shapes import (
     SCHEME_KEY,
@@ -177,6 +178,7 @@ def comparable_form(model: ir.Model) -> ir.Model:
     What is quantised and dequantised again passes as it is (rounding turns tiny differences into steps); weights keep
     their rounding. Random numbers are drawn by seeds, one after the other.
     """
+    model = spell_recurrent(model)
     if not any(node.op_type in ("QuantizeLinear", "MatMulNBits", *RANDOM) for node in model.graph):
         return model
     model = model.clone()

@@ -20,17 +20,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxprune.graph.attributes import given, integer, integers, operator_name, text
 from onnxprune.graph.model import constant
 from onnxprune.graph.shapes import Shape, Shapes
 
 Vector = NDArray[np.int64] | None
 Rule = Callable[["Flow", ir.Node], None]
+
+__all__ = ["Flow", "given", "integer", "integers", "operator_name", "rule", "text"]
 
 RULES: dict[str, Rule] = {}
 
@@ -43,11 +45,6 @@ def rule(*operators: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
-
-
-def operator_name(node: ir.Node) -> str:
-    """The name under which rules know a node's operator."""
-    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
 
 
 @dataclass(frozen=True)
@@ -181,24 +178,3 @@ class Flow:
         value = node.inputs[index] if index < len(node.inputs) else None
         array = constant(value)
         return None if array is None else [int(x) for x in np.ravel(array)]
-
-
-def integer(node: ir.Node, name: str, default: int) -> int:
-    """An integer attribute."""
-    return int(node.attributes[name].as_int()) if name in node.attributes else default
-
-
-def integers(node: ir.Node, name: str) -> list[int] | None:
-    """A list attribute, or None when absent."""
-    return [int(x) for x in node.attributes[name].as_ints()] if name in node.attributes else None
-
-
-def given(node: ir.Node, index: int) -> ir.Value | None:
-    """An input of a node, or None when it is left out."""
-    return node.inputs[index] if index < len(node.inputs) else None
-
-
-def text(node: ir.Node, name: str, default: str) -> str:
-    """A string attribute."""
-    attribute: Any = node.attributes.get(name)
-    return str(attribute.as_string()) if attribute is not None else default

@@ -244,7 +244,13 @@ def fading_parts(units: Units, alive: NDArray[np.bool_]) -> dict[str, NDArray[np
     return found
 
 
-QUANTISED = {"DequantizeLinear": (0,), "MatMulInteger": (0, 1), "ConvInteger": (0, 1), "MatMulNBits": (1,)}
+QUANTISED = {
+    "DequantizeLinear": (0,),
+    "MatMulInteger": (0, 1),
+    "ConvInteger": (0, 1),
+    "MatMulNBits": (1,),
+    "DynamicQuantizeLSTM": (1, 2),
+}
 
 
 def is_parameter(value: ir.Value) -> bool:

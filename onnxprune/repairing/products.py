@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.graph.model import constant
-from onnxprune.labels.flow import integer, integers, text
+from onnxprune.labels.flow import integer, integers, operator_name, text
 from onnxprune.repairing.moments import Array, Sample
 
 Floats = NDArray[np.floating]
@@ -41,6 +41,10 @@ class Product(Protocol):
     @property
     def weight(self) -> ir.Value:
         """The weights, an initializer."""
+
+    @property
+    def meets(self) -> int | None:
+        """The axis of the weights that is summed up with that of the input, where that is one axis."""
 
     @property
     def channels_from_end(self) -> int | None:
@@ -69,6 +73,10 @@ class Windowed:
     node: ir.Node
     source: ir.Value
     weight: ir.Value
+
+    @property
+    def meets(self) -> int | None:
+        return None if self._groups > 1 else 0 if self.node.op_type == "ConvTranspose" else 1
 
     @property
     def channels_from_end(self) -> int | None:
@@ -165,6 +173,10 @@ class Lettered:
     out: str
 
     @property
+    def meets(self) -> int | None:
+        return self.w.index(self._summed[0]) if len(self._summed) == 1 else None
+
+    @property
     def channels_from_end(self) -> int | None:
         single = len(self._made) == 1 and not self._groups
         return len(self.out) - self.out.index(self._made[0]) if single else None
@@ -226,9 +238,12 @@ def _arranged(array: Floats, axes: list[str], parts: tuple[list[str], list[str],
     return array.transpose([axes.index(axis) for part in parts for axis in part]).reshape(joined)
 
 
+PRODUCTS = {"Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "com.microsoft::FusedMatMul"}
+
+
 def product_of(node: ir.Node) -> Product | None:
     """A node as a product with weights that are an initializer; None for other nodes."""
-    if node.domain not in ("", "ai.onnx") or node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum"):
+    if operator_name(node) not in PRODUCTS:
         return None
     operands = [value for value in node.inputs[:2] if value is not None]
     fixed = [value for value in operands if value.is_initializer() and value.const_value is not None]
@@ -239,9 +254,10 @@ def product_of(node: ir.Node) -> Product | None:
     if node.op_type in ("Conv", "ConvTranspose"):
         return None if first else Windowed(node, source, weight)
     rank = len(weight.const_value.shape.numpy()) if weight.const_value is not None else 0
-    named = (
-        _matmul(rank, first) if node.op_type == "MatMul" else _gemm(node) if node.op_type == "Gemm" else _einsum(node)
-    )
+    if node.op_type == "Gemm":
+        named: tuple[str, str, str] | None = _gemm(node)
+    else:
+        named = _einsum(node) if node.op_type == "Einsum" else _matmul(node, rank, first)
     if named is None:
         return None
     a, b, out = named
@@ -257,10 +273,14 @@ def _gemm(node: ir.Node) -> tuple[str, str, str]:
     return "ki" if integer(node, "transA", 0) else "ik", "ok" if integer(node, "transB", 0) else "ko", "io"
 
 
-def _matmul(rank: int, first: bool) -> tuple[str, str, str] | None:
+def _matmul(node: ir.Node, rank: int, first: bool) -> tuple[str, str, str] | None:
     """`*b i k, *b k o -> *b i o`, by the rank of the weights, which are the same for all axes that they lack."""
-    if rank < 2:
+    if rank < 2 or integer(node, "transBatchA", 0) or integer(node, "transBatchB", 0):
         return None
+    turned = [integer(node, name, 0) for name in ("transA", "transB")]  # of the fused one
+    if any(turned):
+        a, b = "*kz" if turned[0] else "*zk", "ok" if turned[1] else "ko"
+        return None if first or rank != 2 else (a, b, "*zo")
     if rank == 2:
         return ("ok", "*kz", "*oz") if first else ("*k", "ko", "*o")
     lead = "abcdefgh"[: rank - 2]

@@ -25,11 +25,11 @@ from onnxprune.cutting.plan import Plan
 from onnxprune.errors import ModelError
 from onnxprune.evaluating.data import Dataset, batches, fixed_batch
 from onnxprune.evaluating.evaluate import Batch, run_session, session_options
+from onnxprune.graph.floats import Twin, in_floats
 from onnxprune.graph.model import constant, open_session
 from onnxprune.labels.flow import operator_name
 from onnxprune.labels.recurrent import GATES
 from onnxprune.labels.units import weight_matrix
-from onnxprune.repairing.floats import Twin, in_floats
 from onnxprune.repairing.moments import SILENT, Array, Moments, Sample
 from onnxprune.repairing.products import Product, Unfit, bias_of, product_of
 from onnxprune.repairing.recurrent import STATES, Recurrent, Wanted
@@ -97,6 +97,11 @@ class Linear:
     def node(self) -> ir.Node:
         """The first node."""
         return self.uses[0].product.node
+
+    @property
+    def nodes(self) -> list[ir.Node]:
+        """All of its nodes."""
+        return [use.product.node for use in self.uses]
 
     @property
     def kind(self) -> str:
@@ -227,13 +232,14 @@ def reconstruct(
     progress: Callable[[int, int], None] = lambda done, total: None,
     memory: int | None = None,
     note: Callable[[str], None] = lambda text: None,
+    positions: int = ROWS,
 ) -> list[Repaired]:
     """Fits every layer of a cut model that can be, in place; returns what became of each.
 
     `plan` says what the model lost of `baseline`, whose value names it has. `memory` bounds, in bytes, what is held
     beside the models and the runtime's own: fewer samples and positions, and layers whose Gram matrix would be too
-    large are fitted to a part of their inputs after the other; `note` is told of those. A fit that fails leaves its
-    layer as it was, with the reason.
+    large are fitted to a part of their inputs after the other; `note` is told of those. Each layer is fitted on up to
+    so many `positions`. A fit that fails leaves its layer as it was, with the reason.
     """
     memory = memory or MEMORY
     twin, whole = in_floats(model), in_floats(baseline).model
@@ -241,7 +247,7 @@ def reconstruct(
     layers = found.layers
     if not layers or len(data) < (fixed_batch(model) or 1):
         return []
-    feeds, wanted = _uncut_outputs(whole, layers, data, threads, memory)
+    feeds, wanted = _uncut_outputs(whole, layers, data, threads, (memory, positions))
     walk = Walk(twin.model, feeds[: len(wanted[0])], threads)
     if len(wanted[0]) < len(feeds):
         note(f"repair: {len(wanted[0])} of {len(feeds)} batches of calibration data fit into {memory >> 20} MB")
@@ -279,6 +285,36 @@ def _blocks(layer: Linear, memory: int) -> Iterator[slice]:
     if widest >= min(NARROWEST, inputs):
         edges = np.linspace(0, inputs, -(-inputs // widest) + 1).astype(int)
         yield from (slice(int(a), int(b)) for a, b in itertools.pairwise(edges))
+
+
+TABLES = {"Gather", "Add", "Sub", "Mul", "Div", "Where", "Expand", "Concat", "Reshape", "Slice", "Transpose"}
+
+
+def unrepairable(model: ir.Model) -> dict[str, str]:
+    """The nodes of a normalised model, by name, whose weights no repair would fit, with the reason for each."""
+    twin = in_floats(model)
+    found = find_layers(twin.model, twin.model, Plan({}))
+    fitted = {node.name for layer in found.layers for node in layer.nodes}
+    reasons = {each.layer: each.why_not for each in found.refused}
+    for layer in found.layers:
+        if isinstance(layer, Recurrent):
+            try:
+                layer.check(twin)
+            except Unfit as error:
+                reasons[layer.node.name or ""] = str(error)
+                fitted.discard(layer.node.name)
+    left = dict[str, str]()
+    for node in twin.model.graph:
+        held = any(value is not None and _is_matrix(value) for value in node.inputs)
+        if held and node.name not in fitted and operator_name(node) not in TABLES:
+            name = (node.name or "").removesuffix(".floats").removesuffix(".product")
+            left[name] = reasons.get(node.name or "", f"{operator_name(node)} isn't fitted")
+    return left
+
+
+def _is_matrix(value: ir.Value) -> bool:
+    tensor = value.const_value if value.is_initializer() else None
+    return tensor is not None and sum(int(dim) > 1 for dim in tensor.shape.numpy()) > 1
 
 
 def find_layers(model: ir.Model, baseline: ir.Model, plan: Plan) -> Found:
@@ -371,9 +407,10 @@ def _end(node: ir.Node) -> tuple[ir.Value, Array]:
 
 
 def _uncut_outputs(
-    baseline: ir.Model, layers: list[Layer], data: Dataset, threads: int | None, memory: int
+    baseline: ir.Model, layers: list[Layer], data: Dataset, threads: int | None, bounds: tuple[int, int]
 ) -> tuple[Sequence[Batch], list[list[list[Target] | list[Wanted]]]]:
     """Calibration batches, and what the uncut model computes where each layer ends for as many as memory allows."""
+    memory, positions = bounds
     names = list(dict.fromkeys(name for layer in layers for name in layer.ends))
     given = {value.name for value in baseline.graph.inputs}
     computed = [name for name in names if name not in given]
@@ -386,7 +423,7 @@ def _uncut_outputs(
         arrays = {**batch, **dict(zip(computed, run_session(session, batch), strict=True))}
         if number >= max(1, memory // 2 // (TENSORS * max(arrays[name].nbytes for name in names))):
             break
-        limit = max(1, min(ROWS, memory // 4 // (4 * sum(layer.widths for layer in layers))) // len(feeds))
+        limit = max(1, min(positions, memory // 4 // (4 * sum(layer.widths for layer in layers))) // len(feeds))
         for layer, targets in zip(layers, found, strict=True):
             targets.append(layer.wanted(arrays, limit, random))
     return feeds, found

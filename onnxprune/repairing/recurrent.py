@@ -18,10 +18,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxprune.graph.floats import Twin
 from onnxprune.graph.model import constant
 from onnxprune.labels.flow import given, integer
 from onnxprune.labels.recurrent import GATES
-from onnxprune.repairing.floats import Twin
 from onnxprune.repairing.moments import Array, Moments
 from onnxprune.repairing.products import Unfit
 from onnxprune.repairing.walk import Walk
@@ -169,7 +169,19 @@ class Recurrent:
     uncut: ir.Node
     kept: list[int] | None
 
-    kind = "recurrent"
+    @property
+    def nodes(self) -> list[ir.Node]:
+        """All of its nodes."""
+        return [self.node]
+
+    def check(self, twin: Twin) -> None:
+        """Raises `Unfit` where the layer can't be fitted."""
+        refuse(self.node)
+        if any(len(value.uses()) != 1 or value not in twin.forms for value in self._weights()):
+            raise Unfit("its weights are shared or computed")
+
+    def _weights(self) -> list[ir.Value]:
+        return [value for value in (given(self.node, index) for index in (1, 2, 3)) if value is not None]
 
     @property
     def ends(self) -> list[str]:
@@ -207,10 +219,8 @@ class Recurrent:
 
     def fit(self, walk: Walk, twin: Twin, wanted: Sequence[list[Wanted]]) -> float:
         """Fits the layer; returns the share of what its states lacked, on held-out samples, that it won back."""
-        refuse(self.node)
-        inputs = [value for value in (given(self.node, index) for index in (1, 2, 3)) if value is not None]
-        if any(len(value.uses()) != 1 or value not in twin.forms for value in inputs):
-            raise Unfit("its weights are shared or computed")
+        self.check(twin)
+        inputs = self._weights()
         before = best = self._lack(walk, wanted)
         if before <= 0:
             return 0.0

@@ -27,6 +27,11 @@ class Scaling:
     weight: ir.Value
 
     @property
+    def meets(self) -> int | None:
+        """Nothing is summed up."""
+        return None
+
+    @property
     def channels_from_end(self) -> int | None:
         """Where channels lie, counted from the last axis."""
         return 1

@@ -83,7 +83,7 @@ class RunOptions:
     minutes: float | None = None
     sparsify: int = 0
     lr: float | None = None
-    criterion: str = "l2"
+    criterion: str = "auto"
     scope: Scope | Literal["auto"] = "auto"
     granularity: Granularity = "auto"
     kinds: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import filter as filter_names
@@ -45,11 +46,12 @@ from onnxprune.labels import analyse
 from onnxprune.labels.units import Units, chosen_units, fading_parts, find_units, granularity_for, prunable
 from onnxprune.normalising.normalise import normalise
 from onnxprune.progress import Listener
+from onnxprune.repairing.reconstruct import Repaired
 from onnxprune.running.context import Context, Proposal, Record, State, costs_of
 from onnxprune.running.options import RunOptions
 from onnxprune.running.proposals import CHECK_SECONDS, SLOWER, alive_of, propose
 from onnxprune.running.report import Quality, Report, Side, decimals, latency_sides, versions, widths
-from onnxprune.running.trials import AUTO, LINED_UP_BY, contest, without_layers
+from onnxprune.running.trials import LINED_UP_BY, contest, without_layers
 from onnxprune.running.workspace import Command, configuration, load_command, opened_workspace
 from onnxprune.scoring.cost import Alive
 from onnxprune.scoring.lineup import line_up
@@ -258,8 +260,6 @@ def _load(
             raise UsageError("--max-drop and --metric need data to measure on: give --data")
         if options.epochs or options.sparsify or options.minutes is not None:
             raise UsageError("--epochs, --sparsify and --minutes are for fine-tuning, which needs data: give --data")
-        if options.criterion == AUTO:
-            raise UsageError("--criterion auto tries several on data: give --data, or name one")
     if evaluation is not None:
         return train, evaluation
     if train is None:
@@ -441,7 +441,9 @@ class Run(Context):
             units = find_units(analyse(state.model, granularity_for(self.options.granularity, self.options.kinds)))
         model, step = cut(units, alive)
         checked = check_cut(state.model, model, step)
-        self.repair(model, state, step, partial(self.listener.progress, f"round {number}: repairing"), self.note)
+        said = partial(self.listener.progress, f"round {number}: repairing")
+        layers = self.repair(model, state, step, said, self.note)
+        self._say_what_was_not_repaired(number, layers)
         repaired, epochs = self.judge.measure(model), 0
         verdict = repaired
         if self.epochs:
@@ -481,10 +483,17 @@ class Run(Context):
             "useful": verdict.useful,
             "fidelity": verdict.fidelity,
             "accepted": self.allowed is None or verdict.most <= self.allowed,
+            "repair": [each.to_json() for each in layers],
             "widths": {group.name: int(alive[group.units].sum()) * group.repeats for group in units.groups},
             "seconds": time.monotonic() - started,
         }
         return record, State(model, state.plan.then(step))
+
+    def _say_what_was_not_repaired(self, number: int, layers: list[Repaired]) -> None:
+        left = Counter(each.why_not for each in layers if each.why_not)
+        if left:
+            reasons = "; ".join(f"{count}: {reason}" for reason, count in left.most_common(3))
+            self.note(f"round {number}: {sum(left.values())} of {len(layers)} layers weren't repaired ({reasons})")
 
     def _better(self, tuned: Verdict, repaired: Verdict) -> bool:
         """Whether fine-tuning is kept.

@@ -31,10 +31,11 @@ DATA_CRITERIA = {**ACTIVATION_CRITERIA, **GRADIENT_CRITERIA}
 AUTO: Final = "auto"
 LINED_UP_BY = "l2"  # rows are sorted before the contest, by one criterion
 BETWEEN = ", "  # the criterion and the scope, in the name of a way to score
-CONTESTANTS = ("l2", "l1", "logistic", "fpgm", "bn", "flap", "obs")
+CONTESTANTS = ("obs", "flap", "l2")
 AUTO_SCOPES: Final[tuple[Scope, ...]] = ("global", "gradual")
 TRIED_AT = {"macs": 0.5}  # where an allowed drop alone decides
 PROBE_SAMPLES = 1024
+TRIED_ON = 4096  # positions of each layer that a trial's repair looks at: enough to tell ways apart
 LOW_FIDELITY = 0.5  # share of the spread that is lost, from which made-up inputs tell nothing
 UNKNOWN = 1e30  # a loss that JSON can hold
 
@@ -52,9 +53,14 @@ def chosen_way(run: Context) -> Way:
 
 
 def _left_open(run: Context) -> tuple[tuple[str, ...], tuple[Scope, ...]]:
-    """The criteria and the scopes among which the options leave the choice; one scope where nothing can be fitted."""
+    """The criteria and the scopes among which the options leave the choice; one scope where nothing can be fitted.
+
+    Without data, weights alone tell.
+    """
     options = run.options
-    criteria = CONTESTANTS if options.criterion == AUTO else (options.criterion,)
+    criteria: tuple[str, ...] = (options.criterion,)
+    if options.criterion == AUTO:
+        criteria = CONTESTANTS if run.train is not None else (LINED_UP_BY,)
     if options.scope != AUTO:
         return criteria, (options.scope,)
     return criteria, AUTO_SCOPES if run.calibration is not None else AUTO_SCOPES[:1]
@@ -141,8 +147,9 @@ def _tells_nothing(run: Context, losses: Mapping[str, float]) -> bool:
 
 
 def _hold_contest(run: Context) -> dict[str, float]:
-    """Of the criteria in one scope, then of the scopes with the best of them."""
+    """Of the criteria in the last scope, then of the scopes with the best of them."""
     (criteria, scopes), losses = _left_open(run), dict[str, float]()
+    first = scopes[-1]
 
     def hold(ways: Iterable[Way]) -> None:
         for way in ways:
@@ -150,14 +157,14 @@ def _hold_contest(run: Context) -> dict[str, float]:
             run.listener.progress(f"trying {name}", len(losses) + 1, len(criteria) + len(scopes) - 1)
             losses[name] = _trial(run, _dropping(run, []), way)
 
-    hold((criterion, scopes[0]) for criterion in criteria)
-    best = min(criteria, key=lambda criterion: losses[BETWEEN.join((criterion, scopes[0]))])
-    hold((best, scope) for scope in scopes[1:])
+    hold((criterion, first) for criterion in criteria)
+    best = min(criteria, key=lambda criterion: losses[BETWEEN.join((criterion, first))])
+    hold((best, scope) for scope in scopes[:-1])
     losses = {name: loss for name, loss in losses.items() if loss < UNKNOWN} or {
         BETWEEN.join((best, scopes[0])): UNKNOWN
     }
     run.note(f"ways to choose by loss: {ranked(losses)}")
-    usual = BETWEEN.join((criteria[0], scopes[0]))
+    usual = BETWEEN.join((criteria[0], scopes[0]))  # without data the only criterion
     return {usual: losses[usual]} if usual in losses and _tells_nothing(run, losses) else losses
 
 
@@ -173,7 +180,7 @@ def _trial(run: Context, state: State, way: Way) -> float:
     if chosen is None:
         return UNKNOWN
     model, step = cut(units, chosen[1])
-    run.repair(model, state, step)
+    run.repair(model, state, step, positions=TRIED_ON)
     return run.judge.measure(model, PROBE_SAMPLES).loss
 
 

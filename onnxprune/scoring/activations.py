@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from onnxprune.evaluating.data import Dataset, batches, fixed_batch
 from onnxprune.evaluating.evaluate import run_session, session_options
 from onnxprune.graph.model import open_session
+from onnxprune.labels.flow import operator_name
+from onnxprune.labels.recurrent import GATES
 from onnxprune.labels.units import Units, weight_matrix
+from onnxprune.repairing.products import product_of
 from onnxprune.scoring.score import Scores, stored, weight_values
 
 SAMPLES, SIZE = 128, 8  # calibration samples, and how many run at a time
@@ -25,12 +28,16 @@ Vector = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """An axis of an activation that a layer multiplies with a weight: components along it, and that weight."""
+    """An axis of an activation that a layer multiplies with a weight: components along it, and that weight.
+
+    `meets` is the axis of the weight that it is summed up with, where that is known.
+    """
 
     value: ir.Value
     axis: int
     vector: Vector
     weight: ir.Value
+    meets: int | None = None
 
 
 def mean_magnitude(units: Units, data: Dataset) -> Scores:
@@ -83,27 +90,40 @@ def _add(total: Scores, reading: Reading, own: Scores) -> None:
 
 def _reading_norms(units: Units, reading: Reading) -> Scores:
     """The squared norm, by component, of the weight along the axis that meets the activation's."""
-    for value, axis, vector in units.parameters:
-        if value is reading.weight and np.isin(vector, reading.vector).any():
-            others = tuple(other for other in range(len(value.shape or ())) if other != axis)
-            norms = np.square(weight_matrix(value)).sum(others)
-            return np.bincount(vector, norms, units.count).astype(np.float64)
-    return np.ones(units.count)
+    meeting = [
+        (axis == reading.meets, value, axis, vector)
+        for value, axis, vector in units.parameters
+        if value is reading.weight and np.isin(vector, reading.vector).any()
+    ]
+    if not meeting:
+        return np.ones(units.count)
+    _, value, axis, vector = max(meeting, key=lambda each: each[0])
+    norms = np.square(weight_matrix(value)).sum(
+        tuple(other for other in range(len(value.shape or ())) if other != axis)
+    )
+    return np.bincount(vector, norms, units.count).astype(np.float64)
 
 
 def _readings(units: Units) -> Iterator[Reading]:
     weights = set(weight_values(units.model))
     for node in units.model.graph:
+        recurrent = stored(node.inputs[2]) if operator_name(node) in GATES else None
+        if recurrent in weights and recurrent is not None and node.outputs[0].name:
+            states = node.outputs[0]
+            vector = (units.solution.axes(states) or (None,))[-1]
+            if vector is not None and not units.solution.locked[vector].all():
+                yield Reading(states, 3, vector, recurrent, 2)  # a layer reads its own states
         sources = [stored(value) for value in node.inputs]
         weight = next((source for source in sources if source in weights), None)
         if weight is None:
             continue
+        product = product_of(node)
         for value, source in zip(node.inputs, sources, strict=True):
             if value is None or source is not None or value.is_graph_input():
                 continue
             for axis, vector in enumerate(units.solution.axes(value)):
                 if vector is not None and not units.solution.locked[vector].all():
-                    yield Reading(value, axis, vector, weight)
+                    yield Reading(value, axis, vector, weight, product.meets if product is not None else None)
 
 
 def _averages(

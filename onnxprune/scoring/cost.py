@@ -30,7 +30,7 @@ def node_macs(node: ir.Node, size: Size) -> int:
     """The MACs of one node, given the concrete shape of each value; 0 where a shape is unknown."""
     shapes = [size(value) if value is not None else None for value in node.inputs]
     out = size(node.outputs[0])
-    if node.op_type in GATES:
+    if node.op_type in GATES or node.op_type == "DynamicQuantizeLSTM":
         x, w, r = shapes[:3]
         return 0 if not (x and w and r) else x[0] * x[1] * (math.prod(w) + math.prod(r))
     if out is None or len(shapes) < 2 or shapes[0] is None or shapes[1] is None:

@@ -27,7 +27,7 @@ PASSING = ("DequantizeLinear", "Cast", "Transpose")
 WEIGHTED = {  # operator -> the input that is a weight; None: any of them
     "Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": None, "RNN": 1, "GRU": 1, "LSTM": 1, "Gather": 0,
     "Einsum": None, "FusedConv": 1, "FusedGemm": 1, "FusedMatMul": None, "DeformConv": 1, "Attention": 1,
-    "MatMulInteger": 1, "ConvInteger": 1, "MatMulNBits": 2,
+    "DynamicQuantizeLSTM": 1, "MatMulInteger": 1, "ConvInteger": 1, "MatMulNBits": 2,
 }  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def weight_values(model: ir.Model) -> Iterator[ir.Value]:
             wanted = (
                 node.inputs
                 if at is None
-                else node.inputs[at : at + (2 if node.op_type in ("GRU", "LSTM", "RNN") else 1)]
+                else node.inputs[at : at + (2 if node.op_type in ("GRU", "LSTM", "RNN", "DynamicQuantizeLSTM") else 1)]
             )
             for value in wanted:
                 source = stored(value)

@@ -1,4 +1,4 @@
-"""A model in floats: the same function, with every weight as the numbers that it stands for.
+"""A model in floats: the same function, with every weight as the numbers that it stands for, and fused nodes apart.
 
 Layers are fitted in this twin. What is fitted is put back into the form that the weight has in the model itself
 (float16, integers with scales, four bits in blocks), and the twin goes on with what it stands for after rounding, so
@@ -17,9 +17,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from onnxprune.graph.attributes import integer, integers, operator_name
 from onnxprune.graph.model import constant
 from onnxprune.graph.shapes import add_initializer
-from onnxprune.labels.flow import integer, integers, operator_name
 
 Array = NDArray[np.float64]
 Lack = Callable[[Array], float]  # what a layer lacks with these weights, less what it lacks as it is
@@ -141,6 +141,19 @@ def in_floats(model: ir.Model) -> Twin:
             spelling(twin, node, initializers)
     common.RemoveUnusedNodesPass()(twin.model)
     return twin
+
+
+def spell_recurrent(model: ir.Model) -> ir.Model:
+    """The model with recurrent layers that quantise as they go in floats: rounding makes steps of tiny differences."""
+    name = "com.microsoft::DynamicQuantizeLSTM"
+    if not any(operator_name(node) == name for node in model.graph):
+        return model
+    twin = Twin(model.clone())
+    for node in list(twin.model.graph):
+        if operator_name(node) == name:
+            SPELLINGS[name](twin, node, model.graph.initializers)
+    common.RemoveUnusedNodesPass()(twin.model)
+    return twin.model
 
 
 Stored = Any  # the initializers of the model itself, by name
@@ -353,6 +366,61 @@ def _packed_product(twin: Twin, node: ir.Node, stored: Stored) -> None:
     twin.model.graph.insert_after(node, product)
     add = ir.Node("", "Add", [product.outputs[0], bias], name=f"{node.name}.bias")
     return _replace(twin, node.outputs[0], add, product)
+
+
+@spelling("com.microsoft::FusedConv", "com.microsoft::FusedGemm")
+def _fused_product(twin: Twin, node: ir.Node, stored: Stored) -> None:
+    """The product, a sum that may follow, and the activation."""
+    known = {name: node.attributes[name] for name in node.attributes if not name.startswith("activation")}
+    activation = node.attributes["activation"].as_string() if "activation" in node.attributes else ""
+    parameters = (
+        list(node.attributes["activation_params"].as_floats()) if "activation_params" in node.attributes else []
+    )
+    names = {"Relu": [], "Tanh": [], "Sigmoid": [], "LeakyRelu": ["alpha"], "HardSigmoid": ["alpha", "beta"]}
+    if activation not in (*names, "", "Clip"):
+        return
+    kind, count = node.op_type.removeprefix("Fused"), 3
+    steps = [ir.Node("", kind, node.inputs[:count], list(known.values()), name=f"{node.name}.product")]
+    if len(node.inputs) > count and node.inputs[count] is not None:
+        steps.append(ir.Node("", "Add", [steps[-1].outputs[0], node.inputs[count]], name=f"{node.name}.sum"))
+    if activation == "Clip":
+        bounds = [add_initializer(twin.model, f"{node.name}.bound", np.array(each, np.float32)) for each in parameters]
+        steps.append(ir.Node("", "Clip", [steps[-1].outputs[0], *bounds], name=f"{node.name}.activation"))
+    elif activation:
+        given = [ir.AttrFloat32(name, value) for name, value in zip(names[activation], parameters, strict=False)]
+        steps.append(ir.Node("", activation, [steps[-1].outputs[0]], given, name=f"{node.name}.activation"))
+    _in_steps(twin, node, steps)
+
+
+def _in_steps(twin: Twin, node: ir.Node, steps: list[ir.Node]) -> None:
+    """Puts nodes in the place of one, whose first output the last of them makes."""
+    for step in steps[:-1]:
+        step.outputs[0].name = step.name
+        twin.model.graph.insert_before(node, step)
+    _replace(twin, node.outputs[0], steps[-1], node)
+
+
+@spelling("com.microsoft::SkipLayerNormalization", "com.microsoft::SkipSimplifiedLayerNormalization")
+def _skip_normalisation(twin: Twin, node: ir.Node, stored: Stored) -> None:
+    """The sum, and what normalises it."""
+    simple = "Simplified" in node.op_type
+    inputs = [*node.inputs, None, None, None][:5]
+    bias = inputs[3] if simple else inputs[4]
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:3]):
+        return
+    steps = [ir.Node("", "Add", inputs[:2], name=f"{node.name}.skip")]
+    if bias is not None:
+        steps.append(ir.Node("", "Add", [steps[-1].outputs[0], bias], name=f"{node.name}.sum"))
+    total = steps[-1].outputs[0]
+    operator, scales = ("SimplifiedLayerNormalization", inputs[2:3]) if simple else ("LayerNormalization", inputs[2:4])
+    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-12
+    given = [ir.AttrFloat32("epsilon", epsilon), ir.AttrInt64("axis", -1)]
+    steps.append(ir.Node("", operator, [total, *scales], given, name=f"{node.name}.normalised"))
+    _in_steps(twin, node, steps)
+    if len(node.outputs) > 3 and node.outputs[3].name:
+        old, name = node.outputs[3], node.outputs[3].name
+        old.replace_all_uses_with(total, replace_graph_outputs=True)
+        old.name, total.name = f"{name}.old", name
 
 
 def _set(value: ir.Value, array: NDArray[Any]) -> None:
