@@ -26,10 +26,10 @@ from onnxprune.repairing.moments import Array, Moments
 from onnxprune.repairing.products import Unfit
 from onnxprune.repairing.walk import Walk
 
-SWEEPS = 6
-STRENGTHS = (1.0, 0.1, 0.01)  # lambda, in units of the mean diagonal of the Gram matrix
+SWEEPS = 8
+STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01)  # lambda, in units of the mean diagonal of the Gram matrix
 WORTH = 0.005  # share of what lacks that another sweep must bring
-PATIENCE = 2
+PATIENCE = 1  # sweeps in a row that bring less
 USUAL = {"RNN": ["Tanh"], "GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
 STATES = "states"  # the name given to an output of all states that a model leaves out
 Floats = NDArray[np.floating]
@@ -220,61 +220,67 @@ class Recurrent:
     def fit(self, walk: Walk, twin: Twin, wanted: Sequence[list[Wanted]]) -> float:
         """Fits the layer; returns the share of what its states lacked, on held-out samples, that it won back."""
         self.check(twin)
-        inputs = self._weights()
-        before = best = self._lack(walk, wanted)
+        values = self._weights()
+        before, systems = self._pass(walk, wanted)
         if before <= 0:
             return 0.0
-        start = kept = [np.asarray(constant(value), np.float64) for value in inputs]
-        for strength in STRENGTHS:
-            self._set(twin, inputs, start)
-            reached, idle = before, 0
-            for _ in range(SWEEPS):
-                changed = self._swept(walk, wanted, strength)
-                if not all(np.isfinite(array).all() for array in changed):
-                    break
-                self._set(twin, inputs, changed)
-                now = self._lack(walk, wanted)
-                if now < best:
-                    best, kept = now, [np.asarray(constant(value), np.float64) for value in inputs]
-                idle = idle + 1 if now > reached * (1 - WORTH) else 0
-                reached = min(now, reached)
-                if idle >= PATIENCE:
-                    break
-            if reached > best:  # a weaker strength than the best one is worse still, where errors feed back
+        best, kept, strength = before, self._arrays(values), 0.0
+        for each in STRENGTHS:
+            self._set(twin, values, systems, each)
+            now, _ = self._pass(walk, wanted, fitting=False)
+            if now < best:
+                best, kept, strength = now, self._arrays(values), each
+        if not strength:
+            self._restore(twin, values, kept)
+            return 0.0
+        self._restore(twin, values, kept)
+        idle = 0
+        for _ in range(SWEEPS):
+            now, systems = self._pass(walk, wanted)
+            idle = 0 if now < best * (1 - WORTH) else idle + 1
+            if now < best:
+                best, kept = now, self._arrays(values)
+            if idle > PATIENCE or not self._set(twin, values, systems, strength):
                 break
-        self._set(twin, inputs, kept)
+        self._restore(twin, values, kept)
         return 1 - best / before
 
-    def _set(self, twin: Twin, values: list[ir.Value], arrays: Sequence[Array]) -> None:
+    @staticmethod
+    def _arrays(values: list[ir.Value]) -> list[Array]:
+        return [np.asarray(constant(value), np.float64) for value in values]
+
+    def _set(self, twin: Twin, values: list[ir.Value], systems: list[Systems], strength: float) -> bool:
+        """The weights after a ridge regression; whether they are finite, else nothing is changed."""
+        solved = [each.solved(strength) for each in systems]
+        arrays = [np.stack(parts) for parts in zip(*solved, strict=True)]
+        if not all(np.isfinite(array).all() for array in arrays):
+            return False
+        self._restore(twin, values, arrays)
+        return True
+
+    def _restore(self, twin: Twin, values: list[ir.Value], arrays: Sequence[Array]) -> None:
         for value, array in zip(values, arrays, strict=True):
             twin.write(value, array, partial(_distance, wished=array))
 
-    def _swept(self, walk: Walk, wanted: Sequence[list[Wanted]], strength: float) -> list[Array]:
-        """The weights after one more ridge regression, from the states as they are now."""
+    def _pass(self, walk: Walk, wanted: Sequence[list[Wanted]], fitting: bool = True) -> tuple[float, list[Systems]]:
+        """Squares of what the states lack on held-out samples, running freely, and what a regression needs.
+
+        On all samples where none are held out.
+        """
         backward = self._backward()
         own = [Parameters.of(self.node, direction) for direction in range(len(backward))]
-        sums = [Systems(each) for each in own]
+        systems, lacks, everywhere = [Systems(each) for each in own], 0.0, 0.0
         for run, targets in zip(self._runs(walk), wanted, strict=True):
             for direction, (target, back) in enumerate(zip(targets, backward, strict=True)):
-                trained = ~held_out(target.samples, run.x.shape[1])
-                at = (target.steps[trained], target.samples[trained])
-                z = _sums_at(run, own[direction], direction, back, at)
-                lack = target.sums[trained] - z
-                sums[direction].add(run.x[at], run.before(direction, back, at), lack)
-        changed = [each.solved(strength) for each in sums]
-        arrays = [np.stack([each[index] for each in changed]) for index in range(2)]
-        return arrays if own[0].b is None else [*arrays, np.stack([each[2] for each in changed])]
-
-    def _lack(self, walk: Walk, wanted: Sequence[list[Wanted]]) -> float:
-        """Squares of what the states lack on held-out samples, running freely; on all where none are."""
-        lacks, everywhere = 0.0, 0.0
-        for run, targets in zip(self._runs(walk), wanted, strict=True):
-            for direction, target in enumerate(targets):
+                apart = held_out(target.samples, run.x.shape[1])
                 off = target.states - run.states[target.steps, direction, target.samples]
                 squares = np.square(off, dtype=np.float64).sum(1)
-                lacks += float(squares[held_out(target.samples, run.x.shape[1])].sum())
-                everywhere += float(squares.sum())
-        return lacks or everywhere
+                lacks, everywhere = lacks + float(squares[apart].sum()), everywhere + float(squares.sum())
+                if fitting:
+                    at = (target.steps[~apart], target.samples[~apart])
+                    z = _sums_at(run, own[direction], direction, back, at)
+                    systems[direction].add(run.x[at], run.before(direction, back, at), target.sums[~apart] - z)
+        return lacks or everywhere, systems
 
     def _runs(self, walk: Walk) -> Iterator[Run]:
         for arrays in walk.values(names_of(self.node)):
