@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
 
 Array = NDArray[np.float64]
 Sample = NDArray[np.float32]
@@ -38,7 +41,11 @@ class Moments:
         """
         means = np.trace(self.gram, axis1=1, axis2=2) / self.gram.shape[1]
         ridge = share * np.maximum(means, max(SILENT * float(means.mean()), 1e-12))
-        return np.linalg.solve(self.gram + ridge[:, None, None] * np.eye(self.gram.shape[1]), self.cross)
+        damped = self.gram + ridge[:, None, None] * np.eye(self.gram.shape[1])
+        if len(damped) == 1:
+            with contextlib.suppress(np.linalg.LinAlgError):  # positive definite, but for rounding
+                return cho_solve(cho_factor(damped[0], overwrite_a=True, check_finite=False), self.cross[0])[None]
+        return np.linalg.solve(damped, self.cross)
 
     def gain(self, delta: Array) -> float:
         """By how much a change lowers the sum of squares of what is lacking."""

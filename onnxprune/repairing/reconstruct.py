@@ -42,10 +42,10 @@ ROWS = 16384  # positions that a layer is fitted on, at most
 MEMORY = 2**31  # bytes, of which a half is for inner values, a quarter each for uncut outputs and for Gram matrices
 TENSORS, COPIES = 3, 4  # inner values of the largest size at once; float64 arrays while a layer is solved for
 NARROWEST = 16  # inputs at a time, below which a layer is left alone
-RIDGE = 1e-3  # lambda, in units of the mean diagonal of the Gram matrix
-PLENTY = 8  # positions for each input, below which lambda is chosen on held-out samples, and those are used after all
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
-APART = 8  # one of so many batches' positions is held out where there are plenty, and four times that where not
+PLENTY = 8  # positions for each input, below which more strengths are tried, and what is held out is used after all
+RIDGES = (1e-6, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # lambda, in units of the mean diagonal of the Gram matrix
+FEW_RIDGES = (1e-6, 1e-3)
+APART = 8  # one of so many positions is held out to choose it by where there are plenty, one of four where not
 
 
 @dataclass(frozen=True)
@@ -151,21 +151,16 @@ class Linear:
         positions = sum(len(target.rows) for targets in wanted for target in targets)
         scarce = positions < PLENTY * (block.stop - block.start)
         kept, apart = self._moments(walk, wanted, block, biases, 4 if scarce else APART)
-        share = RIDGE
-        if scarce and apart.rows:
-            gains = {each: apart.gain(kept.solved(each)) for each in RIDGES}
-            share = max(gains, key=gains.__getitem__)
         judged = apart if apart.rows else kept
-        gained = judged.gain(kept.solved(share)) / max(judged.square, 1e-30) if scarce else None
-        if gained is not None and not gained > 0:
+        found = {share: kept.solved(share) for share in (RIDGES if scarce else FEW_RIDGES)}
+        gains = {share: judged.gain(delta) for share, delta in found.items() if np.isfinite(delta).all()}
+        share = max(gains, key=gains.__getitem__, default=0.0)
+        if not gains or not gains[share] > 0:
             return 0.0
+        delta, gained = found[share], gains[share] / max(judged.square, 1e-30)
         if scarce:
             kept.merge(apart)
-        delta = kept.solved(share)
-        if gained is None:
-            gained = judged.gain(delta) / max(judged.square, 1e-30)
-        if not np.isfinite(delta).all() or not gained > 0:
-            return 0.0
+            delta = kept.solved(share)
         return gained if self._change(twin, delta, block, biases, kept) else 0.0
 
     def _moments(
