@@ -58,7 +58,7 @@ class Integers:
 
     value: ir.Value
     scale: ir.Value
-    zero: ir.Value | None
+    zero: NDArray[Any] | None  # the zero points, which stay
     spread: Callable[[NDArray[Any]], NDArray[Any]]
     gather: Callable[[NDArray[Any]], NDArray[Any]]  # the largest of what shares a scale, in the shape of the scales
     limits: tuple[int, int]
@@ -93,7 +93,7 @@ class Integers:
         return np.asarray(constant(self.scale), np.float64)
 
     def _zeros(self) -> Array:
-        return np.zeros(()) if self.zero is None else self.spread(np.asarray(constant(self.zero), np.float64))
+        return np.zeros(()) if self.zero is None else self.spread(np.asarray(self.zero, np.float64))
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _integers(
     shape = tuple(s.const_value.shape.numpy())
     whole, limits = tuple(q.const_value.shape.numpy()), np.iinfo(q.const_value.dtype.numpy())
     return Integers(
-        q, s, z, lambda array: array.reshape(along if count > 1 else [1] * rank),
+        q, s, constant(z), lambda array: array.reshape(along if count > 1 else [1] * rank),
         lambda array: np.broadcast_to(array, whole).max(other).reshape(shape),
         (int(limits.min), int(limits.max)),
     )  # fmt: skip
@@ -319,7 +319,7 @@ def _integers_by_direction(
     columns = len(scales) == 2 and scales[1] > 1
     limits = np.iinfo(q.const_value.dtype.numpy())
     return Integers(
-        q, s, z, lambda array: array.reshape(shape[0], 1, -1),
+        q, s, constant(z), lambda array: array.reshape(shape[0], 1, -1),
         lambda array: np.broadcast_to(array, shape).max(1 if columns else (1, 2)).reshape(scales),
         (int(limits.min), int(limits.max)),
     )  # fmt: skip
@@ -336,7 +336,7 @@ def _packed_product(twin: Twin, node: ir.Node, stored: Stored) -> None:
         return  # zero points and orders of their own
     blocks, packed = -(-inner // block), tuple(q.const_value.shape.numpy())
     scales = tuple(s.const_value.shape.numpy()) if s.const_value is not None else ()
-    zero = add_initializer(twin.model, f"{q.name}.zero", np.full((), 2 ** (bits - 1), np.uint8))
+    zero = np.full((), 2 ** (bits - 1))
 
     def unpack(array: NDArray[Any]) -> NDArray[Any]:
         flat = np.ascontiguousarray(array).view(np.uint8).reshape(outer, blocks, -1)

@@ -241,7 +241,7 @@ def reconstruct(
     found = find_layers(twin.model, whole, plan)
     layers = found.layers
     if not layers or len(data) < (fixed_batch(model) or 1):
-        return []
+        return found.refused
     feeds, wanted = _uncut_outputs(whole, layers, data, threads, (memory, positions))
     walk = Walk(twin.model, feeds[: len(wanted[0])], threads)
     if len(wanted[0]) < len(feeds):
@@ -257,7 +257,7 @@ def reconstruct(
 
 
 def _fitted(walk: Walk, twin: Twin, layer: Layer, wanted: Sequence[Any], memory: int, parted: list[str]) -> Repaired:
-    name = layer.node.name or layer.node.outputs[0].name or ""
+    name = _name_of(layer.node)
     try:
         walk.reach(layer.node)
         if isinstance(layer, Recurrent):
@@ -270,6 +270,14 @@ def _fitted(walk: Walk, twin: Twin, layer: Layer, wanted: Sequence[Any], memory:
     except (Unfit, ModelError, np.linalg.LinAlgError, MemoryError, ValueError, IndexError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Repaired(name, layer.node.op_type, None, reason)
+
+
+def _name_of(node: ir.Node) -> str:
+    """The name of a node in the model itself: in floats, fused ones are in parts."""
+    name = node.name or node.outputs[0].name or ""
+    for part in (".floats", ".product", ".normalised"):
+        name = name.removesuffix(part)
+    return name
 
 
 def _blocks(layer: Linear, memory: int) -> Iterator[slice]:
@@ -296,14 +304,13 @@ def unrepairable(model: ir.Model) -> dict[str, str]:
             try:
                 layer.check(twin)
             except Unfit as error:
-                reasons[layer.node.name or ""] = str(error)
+                reasons[_name_of(layer.node)] = str(error)
                 fitted.discard(layer.node.name)
     left = dict[str, str]()
     for node in twin.model.graph:
         held = any(value is not None and _is_matrix(value) for value in node.inputs)
         if held and node.name not in fitted and operator_name(node) not in TABLES:
-            name = (node.name or "").removesuffix(".floats").removesuffix(".product")
-            left[name] = reasons.get(node.name or "", f"{operator_name(node)} isn't fitted")
+            left[_name_of(node)] = reasons.get(_name_of(node), f"{operator_name(node)} isn't fitted")
     return left
 
 
@@ -330,7 +337,7 @@ def find_layers(model: ir.Model, baseline: ir.Model, plan: Plan) -> Found:
         try:
             found.layers.append(_linear(product, known, plan))
         except Unfit as error:
-            found.refused.append(Repaired(node.name or name, node.op_type, None, str(error)))
+            found.refused.append(Repaired(_name_of(node), node.op_type, None, str(error)))
     return found
 
 
@@ -354,13 +361,17 @@ def _cut_output(node: ir.Node, plan: Plan) -> str:
 def _linear(product: Product, known: dict[str | None, ir.Node], plan: Plan) -> Linear:
     """The layer of all nodes that use the same weights. Raises `Unfit` where one of them does something else."""
     weight, uses = product.weight, list[Use]()
+    array = np.asarray(constant(weight))
+    numbered = np.arange(array.size, dtype=np.float64).reshape(array.shape)
+    laid = product.matrix(numbered)
     for user, _ in weight.uses():
         own = product if user is product.node else product_of(user) or scaling_of(user)
         if (
             own is None
             or type(own) is not type(product)
             or own.weight is not weight
-            or (user.op_type != product.node.op_type or own.factor(0) != product.factor(0))
+            or own.factor(0) != product.factor(0)
+            or not np.array_equal(laid, own.matrix(numbered))
         ):
             raise Unfit(f"its weights are used by {user.op_type} {user.name} in another way")
         end, scale = _end(user)
@@ -368,8 +379,7 @@ def _linear(product: Product, known: dict[str | None, ir.Node], plan: Plan) -> L
             end, scale = user.outputs[0], np.ones(1)
         if end.name not in known:
             raise Unfit("its output isn't one of the uncut model")
-        array = np.asarray(constant(weight))
-        groups, _, outputs = own.matrix(array).shape
+        groups, _, outputs = laid.shape
         wide = scale if scale.size == 1 else scale.reshape(groups, outputs)
         uses.append(Use(own, bias_of(own, groups * outputs), end, wide))
     removals = {

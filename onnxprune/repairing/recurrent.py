@@ -22,14 +22,15 @@ from onnxprune.graph.floats import Twin
 from onnxprune.graph.model import constant
 from onnxprune.labels.flow import given, integer
 from onnxprune.labels.recurrent import GATES
-from onnxprune.repairing.moments import Array, Moments
+from onnxprune.repairing.moments import Array, Moments, Sample
 from onnxprune.repairing.products import Unfit
 from onnxprune.repairing.walk import Walk
 
 SWEEPS = 8
-STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01)  # lambda, in units of the mean diagonal of the Gram matrix
+STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-5)  # lambda, in units of the mean diagonal of the Gram matrix
 WORTH = 0.005  # share of what lacks that another sweep must bring
-PATIENCE = 1  # sweeps in a row that bring less
+STEP = 10.0  # between strengths that are tried next: weaker ones once the states are nearer, else stronger ones
+DIRECT = 2e10  # multiplications, up to which a gated recurrence is solved unit by unit
 USUAL = {"RNN": ["Tanh"], "GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
 STATES = "states"  # the name given to an output of all states that a model leaves out
 Floats = NDArray[np.floating]
@@ -224,23 +225,21 @@ class Recurrent:
         before, systems = self._pass(walk, wanted)
         if before <= 0:
             return 0.0
-        best, kept, strength = before, self._arrays(values), 0.0
-        for each in STRENGTHS:
-            self._set(twin, values, systems, each)
-            now, _ = self._pass(walk, wanted, fitting=False)
-            if now < best:
-                best, kept, strength = now, self._arrays(values), each
-        if not strength:
-            self._restore(twin, values, kept)
-            return 0.0
-        self._restore(twin, values, kept)
-        idle = 0
+        best, kept, last = before, self._arrays(values), 0.0
+        tried: tuple[float, ...] = STRENGTHS
         for _ in range(SWEEPS):
-            now, systems = self._pass(walk, wanted)
-            idle = 0 if now < best * (1 - WORTH) else idle + 1
-            if now < best:
-                best, kept = now, self._arrays(values)
-            if idle > PATIENCE or not self._set(twin, values, systems, strength):
+            reached, following = best, systems
+            for strength in tried:
+                if not self._set(twin, values, systems, strength):
+                    continue
+                now, after = self._pass(walk, wanted)
+                if now < best:
+                    best, kept, last, following = now, self._arrays(values), strength, after
+            if best < reached * (1 - WORTH):
+                systems, tried = following, (last, last / STEP)
+            elif last and tried == (last, last / STEP):
+                systems, tried = following, (last * STEP, last * STEP**2)
+            else:
                 break
         self._restore(twin, values, kept)
         return 1 - best / before
@@ -262,7 +261,7 @@ class Recurrent:
         for value, array in zip(values, arrays, strict=True):
             twin.write(value, array, partial(_distance, wished=array))
 
-    def _pass(self, walk: Walk, wanted: Sequence[list[Wanted]], fitting: bool = True) -> tuple[float, list[Systems]]:
+    def _pass(self, walk: Walk, wanted: Sequence[list[Wanted]]) -> tuple[float, list[Systems]]:
         """Squares of what the states lack on held-out samples, running freely, and what a regression needs.
 
         On all samples where none are held out.
@@ -276,10 +275,10 @@ class Recurrent:
                 off = target.states - run.states[target.steps, direction, target.samples]
                 squares = np.square(off, dtype=np.float64).sum(1)
                 lacks, everywhere = lacks + float(squares[apart].sum()), everywhere + float(squares.sum())
-                if fitting:
-                    at = (target.steps[~apart], target.samples[~apart])
-                    z = _sums_at(run, own[direction], direction, back, at)
-                    systems[direction].add(run.x[at], run.before(direction, back, at), target.sums[~apart] - z)
+                at = (target.steps[~apart], target.samples[~apart])
+                z = _sums_at(run, own[direction], direction, back, at)
+                lack = target.sums[~apart] - z
+                systems[direction].add(run.x[at], run.before(direction, back, at), z, lack)
         return lacks or everywhere, systems
 
     def _runs(self, walk: Walk) -> Iterator[Run]:
@@ -318,34 +317,32 @@ def run_of(node: ir.Node, arrays: dict[str, NDArray[Any]]) -> Run:
 
 
 class Systems:
-    """The regressions of one direction: gates that see [x, h, 1] together, and the candidate of a GRU by itself."""
+    """The regressions of one direction: gates that see [x, h, 1] together, and the candidate of a GRU behind them.
+
+    The candidate is fitted with the reset gate as it is once that is fitted.
+    """
 
     def __init__(self, own: Parameters) -> None:
         self.own, self.size = own, own.r.shape[1]
-        self.gates, self.candidate = Moments(), Moments()
-        self.parts: list[tuple[Floats, Floats, Floats, Floats]] = []  # of the candidate, where its reset acts after R
+        self.gates = Moments()
+        self.parts: list[tuple[Floats, Floats, Floats, Floats]] = []  # x, h, sums and what they lack, of a GRU
 
-    def add(self, x: Floats, h: Floats, lack: Floats) -> None:
-        """Positions with what they lack before the gates."""
+    def add(self, x: Floats, h: Floats, sums: Floats, lack: Floats) -> None:
+        """Positions with their sums before the gates, and what those lack."""
+        x, h, lack = (np.asarray(each, np.float32) for each in (x, h, lack))
+        gates = lack if self.own.kind != "GRU" else lack[:, : 2 * self.size]
+        self.gates.add(self._seen(x, h)[None], gates[None])
+        if self.own.kind == "GRU":
+            self.parts.append((x, h, sums, lack))
+
+    def _seen(self, x: Floats, h: Floats) -> Sample:
         ones = np.ones((len(x), 0 if self.own.b is None else 1), np.float32)
-        seen = np.concatenate([x, h, ones], 1).astype(np.float32)
-        if self.own.kind != "GRU":
-            return self.gates.add(seen[None], lack[None].astype(np.float32))
-        two = 2 * self.size
-        self.gates.add(seen[None], lack[None, :, :two].astype(np.float32))
-        reset = _sigmoid(self.own.sums(x, h)[:, self.size : two])
-        if self.own.after:
-            self.parts.append((x.astype(np.float32), h.astype(np.float32), reset, lack[:, two:].astype(np.float32)))
-        else:
-            seen = np.concatenate([x, reset * h, ones], 1).astype(np.float32)
-            self.candidate.add(seen[None], lack[None, :, two:].astype(np.float32))
+        return np.concatenate([x, h, ones], 1).astype(np.float32)
 
     def solved(self, strength: float) -> list[Array]:
         """The new w, r and b."""
         own, inputs = self.own, self.own.w.shape[1]
         delta = self.gates.solved(strength)[0]
-        if own.kind == "GRU" and not own.after:
-            delta = np.concatenate([delta, self.candidate.solved(strength)[0]], 1)
         w, r = own.w.copy(), own.r.copy()
         b = None if own.b is None else own.b.copy()
         made = delta.shape[1]
@@ -353,47 +350,76 @@ class Systems:
         r[:made] += delta[inputs : inputs + self.size].T
         if b is not None:
             b[:made] += delta[-1]
-        if own.kind == "GRU" and own.after:
-            self._reset_after(strength, w, r, b)
+        if own.kind == "GRU":
+            self._candidate(strength, delta, w, r, b)
         return [w, r] if b is None else [w, r, b]
 
-    def _reset_after(self, strength: float, w: Array, r: Array, b: Array | None) -> None:
-        """The candidate's x and its own bias, and then R h + b behind the reset gate, in turns: each sees the rest."""
-        x, h, reset, lack = (np.concatenate(each) for each in zip(*self.parts, strict=True))
-        biased = b is not None
-        ones = np.ones((len(x), int(biased)), np.float32)
-        seen_x, seen_h = np.concatenate([x, ones], 1), np.concatenate([h, ones], 1)
-        rest = slice(2 * self.size, None)
-        for _ in range(2):
-            direct = Moments()
-            direct.add(seen_x[None], lack[None])
-            delta = direct.solved(strength)[0]
-            lack = lack - (seen_x @ delta).astype(np.float32)
-            w[rest] += delta[: x.shape[1]].T
-            behind = _behind_reset(seen_h, reset, lack, strength)
-            lack = lack - reset * (seen_h @ behind).astype(np.float32)
-            r[rest] += behind[: h.shape[1]].T
-            if b is not None:
-                b[: len(w)][rest] += delta[-1]
+    def _candidate(self, strength: float, gates: Array, w: Array, r: Array, b: Array | None) -> None:
+        """The candidate of a GRU, with its reset gate as these changes of the `gates` make it."""
+        x, h, sums, lack = (np.concatenate(each) for each in zip(*self.parts, strict=True))
+        size, rest = self.size, slice(2 * self.size, None)
+        change = (self._seen(x, h) @ gates[:, size:].astype(np.float32)).astype(np.float32)
+        before = _sigmoid(sums[:, size : 2 * size])
+        after = _sigmoid(sums[:, size : 2 * size] + change)
+        bias = np.zeros(len(self.own.w)) if self.own.b is None else self.own.b[len(self.own.w) :]
+        ones = np.ones((len(x), 0 if b is None else 1), np.float32)
+        matrix, lack = self.own.r[rest].T.astype(np.float32), lack[:, rest]
+        if not self.own.after:
+            lack = lack - ((after - before) * h) @ matrix
+            system = Moments()
+            system.add(np.concatenate([x, after * h, ones], 1)[None], lack[None])
+            delta = system.solved(strength)[0]
+            direct, behind = np.concatenate([delta[: x.shape[1]], delta[-1:]]), delta[x.shape[1] :]
+        else:
+            lack = lack - (after - before) * (h @ matrix + bias[rest].astype(np.float32))
+            inputs = np.concatenate([x, ones], 1), np.concatenate([h, ones], 1)
+            direct, behind = _around_reset(*inputs, after, lack, strength)
+        w[rest] += direct[: x.shape[1]].T
+        r[rest] += behind[: h.shape[1]].T
+        if b is not None:
+            b[: len(w)][rest] += direct[-1]
+            if self.own.after:
                 b[len(w) :][rest] += behind[-1]
 
 
-def _behind_reset(seen: Floats, reset: Floats, lack: Floats, strength: float, steps: int = 20) -> Array:
-    """Ridge regression of `lack` on `reset * (seen @ change)` by conjugate gradients: (inputs, units)."""
-    right = (seen.T @ (reset * lack)).astype(np.float64)
-    weight = np.square(reset).mean(0, dtype=np.float64)
-    ridge = strength * float(np.square(seen).sum(dtype=np.float64)) / seen.shape[1] * np.maximum(weight, 1e-6)
+def _around_reset(
+    x: Floats, h: Floats, reset: Floats, lack: Floats, strength: float, steps: int = 60
+) -> tuple[Array, Array]:
+    """Ridge regression of `lack` on `x @ direct + reset * (h @ behind)`, by conjugate gradients (Hestenes 1952).
+
+    Every unit has a system of its own, since its reset gate weighs h. Inputs are scaled to a mean square of one.
+    """
+    width = x.shape[1] + h.shape[1]
+    if lack.shape[1] * len(x) * width**2 <= DIRECT:
+        return _unit_by_unit(x, h, reset, lack, strength)
+    sizes = [np.sqrt(np.maximum(np.square(each, dtype=np.float64).mean(0), 1e-12)) for each in (x, h)]
+    x, h = x / sizes[0].astype(np.float32), h / sizes[1].astype(np.float32)
+    ridge, count = strength * len(x), x.shape[1]
+
+    def back(made: Floats) -> Array:
+        return np.concatenate([x.T @ made, h.T @ (reset * made)]).astype(np.float64)
 
     def applied(change: Array) -> Array:
-        made = reset * (seen @ change.astype(np.float32))
-        return np.asarray((seen.T @ (reset * made)).astype(np.float64) + ridge * change)
+        part = change.astype(np.float32)
+        return back(x @ part[:count] + reset * (h @ part[count:])) + ridge * change
 
-    found, rest = np.zeros_like(right), right
-    way, size = rest, np.square(rest).sum(0)
+    rest = back(lack)
+    found, way, size = np.zeros_like(rest), rest, np.square(rest).sum(0)
     for _ in range(steps):
         image = applied(way)
         step = size / np.maximum((way * image).sum(0), 1e-30)
         found, rest = found + step * way, rest - step * image
         new = np.square(rest).sum(0)
         way, size = rest + new / np.maximum(size, 1e-30) * way, new
-    return found
+    return found[:count] / sizes[0][:, None], found[count:] / sizes[1][:, None]
+
+
+def _unit_by_unit(x: Floats, h: Floats, reset: Floats, lack: Floats, strength: float) -> tuple[Array, Array]:
+    """The same, solved directly for each unit."""
+    found = []
+    for unit in range(lack.shape[1]):
+        system = Moments()
+        system.add(np.concatenate([x, reset[:, unit, None] * h], 1)[None], lack[None, :, unit, None])
+        found.append(system.solved(strength)[0, :, 0])
+    both = np.stack(found, 1)
+    return both[: x.shape[1]], both[x.shape[1] :]
