@@ -4,7 +4,8 @@
 Cuts real models with samples to a share of the MACs, repairs them with all kinds of layers and with one kind left
 alone after the other, and measures on the test samples, which nothing was fitted to: the share of the outputs' spread
 that is explained, `1 - sum |y - x|^2 / sum |x - mean x|^2`, x the uncut model's. Nothing is trained. MODELS are names
-in a folder with NAME.onnx, NAME_train.npz and NAME_test.npz (ONNXPRUNE_SHARED/real). A kind that a model lacks has no row.
+in a folder with NAME.onnx, NAME_train.npz and NAME_test.npz (ONNXPRUNE_SHARED/real). A kind that a model lacks has no
+row.
 """
 
 from __future__ import annotations
