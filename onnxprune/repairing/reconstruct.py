@@ -227,14 +227,15 @@ def reconstruct(
     progress: Callable[[int, int], None] = lambda done, total: None,
     memory: int | None = None,
     note: Callable[[str], None] = lambda text: None,
-    positions: int = ROWS,
+    share: float = 1.0,
 ) -> list[Repaired]:
     """Fits every layer of a cut model that can be, in place; returns what became of each.
 
     `plan` says what the model lost of `baseline`, whose value names it has. `memory` bounds, in bytes, what is held
     beside the models and the runtime's own: fewer samples and positions, and layers whose Gram matrix would be too
     large are fitted to a part of their inputs after the other; `note` is told of those. Each layer is fitted on up to
-    so many `positions`. A fit that fails leaves its layer as it was, with the reason.
+    512 samples and 16,384 positions, or a `share` of both. A fit that fails leaves its layer as it was, with the
+    reason.
     """
     memory = memory or MEMORY
     twin, whole = in_floats(model), in_floats(baseline).model
@@ -242,7 +243,7 @@ def reconstruct(
     layers = found.layers
     if not layers or len(data) < (fixed_batch(model) or 1):
         return found.refused
-    feeds, wanted = _uncut_outputs(whole, layers, data, threads, (memory, positions))
+    feeds, wanted = _uncut_outputs(whole, layers, data, threads, (memory, share))
     walk = Walk(twin.model, feeds[: len(wanted[0])], threads)
     if len(wanted[0]) < len(feeds):
         note(f"repair: {len(wanted[0])} of {len(feeds)} batches of calibration data fit into {memory >> 20} MB")
@@ -412,16 +413,19 @@ def _end(node: ir.Node) -> tuple[ir.Value, Array]:
 
 
 def _uncut_outputs(
-    baseline: ir.Model, layers: list[Layer], data: Dataset, threads: int | None, bounds: tuple[int, int]
+    baseline: ir.Model, layers: list[Layer], data: Dataset, threads: int | None, bounds: tuple[int, float]
 ) -> tuple[Sequence[Batch], list[list[list[Target] | list[Wanted]]]]:
     """Calibration batches, and what the uncut model computes where each layer ends for as many as memory allows."""
-    memory, positions = bounds
+    memory, share = bounds
+    positions = int(share * ROWS)
     names = list(dict.fromkeys(name for layer in layers for name in layer.ends))
     given = {value.name for value in baseline.graph.inputs}
     computed = [name for name in names if name not in given]
     graph = ir.convenience.extract(baseline.graph, baseline.graph.inputs, computed)
     session = open_session(ir.Model(graph, ir_version=baseline.ir_version), session_options(threads))
-    feeds = _feeds(baseline, session, data, memory)
+    feeds = _feeds(
+        baseline, session, data.take(slice(0, max(fixed_batch(baseline) or SIZE, int(share * SAMPLES)))), memory
+    )
     random = np.random.default_rng(0)
     found: list[list[list[Target] | list[Wanted]]] = [[] for _ in layers]
     for number, batch in enumerate(feeds):

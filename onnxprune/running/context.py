@@ -20,7 +20,7 @@ from onnxprune.evaluating.data import Dataset, model_inputs
 from onnxprune.evaluating.judge import Judge
 from onnxprune.labels.units import Units
 from onnxprune.progress import Listener
-from onnxprune.repairing.reconstruct import ROWS, Repaired, reconstruct
+from onnxprune.repairing.reconstruct import Repaired, reconstruct
 from onnxprune.repairing.repair import reestimate_batch_norm, undo_if_worse
 from onnxprune.running.options import RESOURCES, Allowance, RunOptions
 from onnxprune.scoring.cost import Alive, Cost
@@ -183,19 +183,20 @@ class Context:
         step: Plan,
         progress: Callable[[int, int], None] = lambda *_: None,
         note: Callable[[str], None] = lambda _: None,
-        positions: int = ROWS,
+        share: float = 1.0,
     ) -> list[Repaired]:
         """What can be done without training: layers fitted to those before the cut, or else batch normalisation.
 
         In the first round those before the cut are the uncut model's, in later ones those that were fine-tuned since.
-        Each layer is fitted on up to so many `positions`. Returns what became of each; nothing where all was undone.
+        It takes a `share` of the samples and positions that it can. Returns what became of each layer; nothing where all
+        was undone.
         """
         if self.calibration is None:
             return []
         whole, plan = (state.model, step) if state.tuned else (self.baseline, state.plan.then(step))
         memory, before = self.options.memory and self.options.memory << 20, model.clone()
         threads = self.options.threads
-        done = reconstruct(model, whole, plan, self.calibration, threads, progress, memory, note, positions)
+        done = reconstruct(model, whole, plan, self.calibration, threads, progress, memory, note, share)
         if all(each.gained is None for each in done):
             reestimate_batch_norm(model, self.calibration, self.options.threads)
         if undo_if_worse(model, before, whole, self.calibration, self.options.threads):

@@ -35,7 +35,7 @@ CONTESTANTS = ("obs", "flap", "l2")
 AUTO_SCOPES: Final[tuple[Scope, ...]] = ("global", "gradual")
 TRIED_AT = {"macs": 0.5}  # where an allowed drop alone decides
 PROBE_SAMPLES = 1024
-TRIED_ON = 4096  # positions of each layer that a trial's repair looks at: enough to tell ways apart
+TRIED_ON = 0.25  # of the samples and positions that repair takes: enough to tell ways apart
 LOW_FIDELITY = 0.5  # share of the spread that is lost, from which made-up inputs tell nothing
 UNKNOWN = 1e30  # a loss that JSON can hold
 
@@ -180,7 +180,7 @@ def _trial(run: Context, state: State, way: Way) -> float:
     if chosen is None:
         return UNKNOWN
     model, step = cut(units, chosen[1])
-    run.repair(model, state, step, positions=TRIED_ON)
+    run.repair(model, state, step, share=TRIED_ON)
     return run.judge.measure(model, PROBE_SAMPLES).loss
 
 
