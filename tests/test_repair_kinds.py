@@ -10,11 +10,15 @@ from onnxprune.cutting.cut import cut
 from onnxprune.cutting.plan import Plan
 from onnxprune.evaluating.data import random_inputs
 from onnxprune.evaluating.evaluate import predict, run_model
+from onnxprune.evaluating.metrics import fidelity
 from onnxprune.evaluating.sources import as_dataset
+from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse
 from onnxprune.labels.units import find_units
+from onnxprune.normalising.normalise import normalise
 from onnxprune.repairing.reconstruct import reconstruct, unrepairable
-from tests.graphs import graph
+from tests.conftest import MODELS
+from tests.graphs import graph, random_cut
 from tests.test_reconstruct import LAYERS
 
 FORMS = {  # graphs whose weights `q` are stored in some form, and what may be left of the error
@@ -160,3 +164,35 @@ def test_a_fit_that_fails_leaves_its_layer_alone(monkeypatch: pytest.MonkeyPatch
         model.graph.initializers["w"].const_value.numpy() * np.float32(0.5),
     )
     assert done[1].gained is not None and done[1].gained > 0.9
+
+
+@pytest.mark.parametrize("name", ["digits_mlp", "digits_gru", "digits_vit"])
+def test_more_samples_never_hurt(name: str) -> None:
+    model = normalise(open_model(MODELS / f"{name}.onnx"))
+    train, test = (as_dataset(str(MODELS / f"{each}.npz"), model, None) for each in ("digits", "digits_test"))
+    units = find_units(analyse(model))
+    pruned, plan = cut(units, random_cut(units, np.random.default_rng(0), 0.4))
+    uncut, lacks = predict(model, test), []
+    for count in (32, 128, 512):
+        candidate = pruned.clone()
+        reconstruct(candidate, model, plan, train.take(slice(0, count)))
+        lacks.append(1 - fidelity(predict(candidate, test), uncut))
+    assert lacks[1] <= 1.05 * lacks[0] and lacks[2] <= 1.05 * lacks[1], lacks
+    assert lacks[0] < 1 - fidelity(predict(pruned, test), uncut)
+
+
+def test_weights_that_are_shared_in_a_row_are_fitted_together() -> None:
+    """The steps of an unrolled loop, each of which reads what the last one made."""
+    steps = " ".join(f"m{i} = MatMul(h{i}, w) s{i} = Add(m{i}, x) h{i + 1} = Tanh(s{i})" for i in range(4))
+    model = graph(
+        "(float[N,6] x, float[6,12] u, float[12,6] v, float[6,6] w, float[6,3] o) => (float[N,3] y)"
+        f"{{ a = MatMul(x, u) r = Relu(a) h0 = MatMul(r, v) {steps} y = MatMul(h4, o) }}"
+    )
+    units = find_units(analyse(model))
+    pruned, plan = cut(units, random_cut(units, np.random.default_rng(0), 0.4))
+    data = as_dataset(random_inputs(model, 0, batch=256), model, None)
+    wanted, before = (predict(each, data)[0] for each in (model, pruned))
+    done = reconstruct(pruned, model, plan, data)
+    assert any(each.kind == "MatMul, shared by 4" and not each.why_not for each in done), done
+    after = predict(pruned, data)[0]
+    assert np.square(after - wanted).sum() < 0.8 * np.square(before - wanted).sum()

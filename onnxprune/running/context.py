@@ -188,8 +188,8 @@ class Context:
         """What can be done without training: layers fitted to those before the cut, or else batch normalisation.
 
         In the first round those before the cut are the uncut model's, in later ones those that were fine-tuned since.
-        It takes a `share` of the samples and positions that it can. Returns what became of each layer; nothing where all
-        was undone.
+        It takes a `share` of the samples and positions that it can. Returns what became of each layer; nothing where
+        all was undone.
         """
         if self.calibration is None:
             return []
