@@ -503,7 +503,7 @@ def test_two_scopes_are_tried_and_the_better_is_kept(tmp_path: Path) -> None:
     result = call(*arguments, cwd=tmp_path)
     assert result.status == 0, result.err
     contest = result.json["contest"]
-    assert set(contest) == {"l2, global", "l2, gradual"}
+    assert set(contest) == {"l2, global", "l2, gradual", "l2, priced"}
     best = min(contest, key=contest.get).removeprefix("l2, ")
     rounds = [
         each["rounds"][0] for each in (result.json, call(*arguments, "--scope", best, "--overwrite", cwd=tmp_path).json)

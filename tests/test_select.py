@@ -21,7 +21,7 @@ from onnxprune.labels.units import Units, find_units
 from onnxprune.normalising.normalise import normalise
 from onnxprune.running.proposals import outcome_of
 from onnxprune.scoring.cost import Cost
-from onnxprune.scoring.score import CRITERIA, SCOPES, Scope, normalise_scores, score_units
+from onnxprune.scoring.score import CRITERIA, SCOPES, Scope, normalise_scores, prices_of, score_units
 from tests.conftest import MODELS
 from tests.graphs import graph
 
@@ -130,6 +130,23 @@ def test_gradual_takes_a_part_where_global_takes_all_but_one(scope: Scope, spare
     scores = normalise_scores(units, np.ones(units.count), scope)[group.units]
     kept = int((scores >= 2 * scores.min()).sum())
     assert kept == (pytest.approx(len(group.units) / 2, abs=1) if spared else 0)
+
+
+def test_priced_spares_what_saves_little() -> None:
+    """Of groups whose units are worth the same, those go first that save most of what is asked for."""
+    units = units_of("digits_resnet")
+    scores = normalise_scores(units, np.ones(units.count), "priced")
+    prices, cost = prices_of(units), Cost(units)
+    everything = np.ones(units.count, bool)
+    saved = {}
+    for group in units.groups:
+        rest = everything.copy()
+        rest[group.units[0]] = False
+        saved[group.name] = cost.macs(everything) - cost.macs(rest)
+    first = {group.name: float(scores[group.units].min()) for group in units.groups}
+    assert len({round(price, 9) for _, price in prices.values()}) > 1
+    dear, cheap = (pick(saved, key=saved.__getitem__) for pick in (max, min))
+    assert first[dear] < first[cheap]
 
 
 def test_a_unit_goes_when_its_score_is_under_tau() -> None:

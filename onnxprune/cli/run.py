@@ -89,7 +89,7 @@ RUN_OPTIONS = [
         "--scope",
         type=click.Choice([*SCOPES, "auto"]),
         default="auto",
-        help="What units are compared with; auto is global or gradual, what has the lower loss after repair.",
+        help="What units are compared with; auto is global, gradual or priced: what has the lowest loss after repair.",
     ),
     click.option(
         "--granularity",

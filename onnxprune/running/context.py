@@ -24,7 +24,7 @@ from onnxprune.repairing.reconstruct import Repaired, reconstruct
 from onnxprune.repairing.repair import reestimate_batch_norm, undo_if_worse
 from onnxprune.running.options import RESOURCES, Allowance, RunOptions
 from onnxprune.scoring.cost import Alive, Cost
-from onnxprune.scoring.score import Origin, origin_of
+from onnxprune.scoring.score import Origin, origin_of, prices_of
 from onnxprune.training.client import BATCH, choose_augmentation
 from onnxprune.training.runtime import Trainer, has_cuda
 
@@ -139,7 +139,15 @@ class Context:
     @cached_property
     def origin(self) -> Origin:
         """What the groups of the uncut model are like: scores of later rounds are relative to it."""
-        origin = origin_of(self.units, self.target)
+        return self._with_prior(origin_of(self.units, self.target))
+
+    @cached_property
+    def prices(self) -> Origin:
+        """The same for scope "priced": weighed by what is asked for."""
+        return self._with_prior(prices_of(self.units, tuple(self.targets or ("macs",)), self.target))
+
+    def _with_prior(self, origin: Origin) -> Origin:
+        """What was measured of each group before counts too, if it is given."""
         if self.options.prior is None:
             return origin
         factors = load_sensitivity(Path(self.options.prior)).factors(self.units, self.options.seed)

@@ -32,7 +32,8 @@ AUTO: Final = "auto"
 LINED_UP_BY = "l2"  # rows are sorted before the contest, by one criterion
 BETWEEN = ", "  # the criterion and the scope, in the name of a way to score
 CONTESTANTS = ("obs", "flap", "l2")
-AUTO_SCOPES: Final[tuple[Scope, ...]] = ("global", "gradual")
+AUTO_SCOPES: Final[tuple[Scope, ...]] = ("global", "gradual", "priced")
+FIRST_SCOPE: Final = "gradual"  # in which criteria are compared
 TRIED_AT = {"macs": 0.5}  # where an allowed drop alone decides
 PROBE_SAMPLES = 1024
 TRIED_ON = 0.25  # of the samples and positions that repair takes: enough to tell ways apart
@@ -147,9 +148,9 @@ def _tells_nothing(run: Context, losses: Mapping[str, float]) -> bool:
 
 
 def _hold_contest(run: Context) -> dict[str, float]:
-    """Of the criteria in the last scope, then of the scopes with the best of them."""
+    """Of the criteria in one scope, then of the scopes with the best of them."""
     (criteria, scopes), losses = _left_open(run), dict[str, float]()
-    first = scopes[-1]
+    first: Scope = FIRST_SCOPE if FIRST_SCOPE in scopes else scopes[0]
 
     def hold(ways: Iterable[Way]) -> None:
         for way in ways:
@@ -159,7 +160,7 @@ def _hold_contest(run: Context) -> dict[str, float]:
 
     hold((criterion, first) for criterion in criteria)
     best = min(criteria, key=lambda criterion: losses[BETWEEN.join((criterion, first))])
-    hold((best, scope) for scope in scopes[:-1])
+    hold((best, scope) for scope in scopes if scope != first)
     losses = {name: loss for name, loss in losses.items() if loss < UNKNOWN} or {
         BETWEEN.join((best, scopes[0])): UNKNOWN
     }
@@ -189,7 +190,8 @@ def scored(run: Context, model: ir.Model, way: Way | None = None) -> tuple[Units
     options = run.options
     units = chosen_units(model, options.granularity, options.kinds, options.protect)
     criterion, scope = way or chosen_way(run)
-    scores = normalise_scores(units, _raw_scores(run, units, criterion), scope, run.origin)
+    origin = run.prices if scope == "priced" else run.origin
+    scores = normalise_scores(units, _raw_scores(run, units, criterion), scope, origin)
     sizes = {name: size for name, (size, _) in run.origin.items()}
     return units, bounded(units, scores, options.keep, sizes), run.rounding
 

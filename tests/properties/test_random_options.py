@@ -27,7 +27,7 @@ OTHERS = st.fixed_dictionaries(
         "rounds": st.integers(1, 3),
         "sparsify": st.just(1),
         "criterion": st.sampled_from(["l1", "lamp", "fpgm", "obs", "flap", "activation", "random", "taylor", "auto"]),
-        "scope": st.sampled_from(["global", "gradual", "layer", "isomorphic"]),
+        "scope": st.sampled_from(["global", "gradual", "priced", "layer", "isomorphic"]),
         "granularity": st.sampled_from(["rows", "columns"]),
         "layers": st.sampled_from(["auto", 0, 1]),
         "round_to": st.sampled_from([1, 2, 8]),
