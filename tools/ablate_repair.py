@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""ablate_repair.py [--models A,B] [--macs 0.75] [--criterion flap] [--out FILE]: what each kind of repair is worth.
+"""ablate_repair.py [--models A,B] [--macs 0.75] [--criterion flap] [--folder F] [--out FILE]
+
+Measures what each kind of repair without training is worth.
 
 Cuts real models with samples to a share of the MACs, repairs them with all kinds of layers and with one kind left
 alone after the other, and measures on the test samples, which nothing was fitted to: the share of the outputs' spread
@@ -51,10 +53,10 @@ def weights(layer: Any) -> list[Any]:
     return layer._weights()[:2] if isinstance(layer, Recurrent) else [layer.weight]
 
 
-def measure(name: str, macs: float, criterion: str) -> list[dict[str, Any]]:
+def measure(folder: Path, name: str, macs: float, criterion: str) -> list[dict[str, Any]]:
     """A row for the cut model, for the repaired one, and for each kind that is left alone."""
-    model = normalise(open_model(SHARED / "real" / f"{name}.onnx"))
-    train, test = (samples(model, SHARED / "real" / f"{name}_{part}.npz") for part in ("train", "test"))
+    model = normalise(open_model(folder / f"{name}.onnx"))
+    train, test = (samples(model, folder / f"{name}_{part}.npz") for part in ("train", "test"))
     units = prunable(model, name)
     moved, cost = line_up(units, "l2", 0), Cost(units)
     raw = DATA_CRITERIA[criterion](units, train) if criterion in DATA_CRITERIA else score_units(units, criterion)
@@ -94,13 +96,14 @@ def main() -> None:
     parser.add_argument("--models", default="")
     parser.add_argument("--macs", type=float, default=0.75)
     parser.add_argument("--criterion", default="flap")
+    parser.add_argument("--folder", type=Path, default=SHARED / "real")
     parser.add_argument("--out", type=Path, default=Path("repair.json"))
     given = parser.parse_args()
-    names = given.models.split(",") if given.models else sorted(p.stem for p in (SHARED / "real").glob("*.onnx"))
+    names = given.models.split(",") if given.models else sorted(p.stem for p in given.folder.glob("*.onnx"))
     rows = []
     for name in names:
         try:
-            rows += measure(name, given.macs, given.criterion)
+            rows += measure(given.folder, name, given.macs, given.criterion)
         except OnnxPruneError as error:
             print(f"{name}: left out: {error}", flush=True)
         given.out.write_text(json.dumps(rows, indent=1) + "\n")
