@@ -9,6 +9,7 @@ ones on samples that are held out, running freely. Nobody seems to have publishe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +27,10 @@ from onnxprune.repairing.moments import Array, Moments, Sample
 from onnxprune.repairing.products import Unfit
 from onnxprune.repairing.walk import Walk
 
-SWEEPS = 8
-STRENGTHS = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-5)  # lambda, in units of the mean diagonal of the Gram matrix
+SWEEPS = 12
+STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-5)  # lambda, in units of the mean diagonal of the Gram matrix
+BEHIND = (False, True)  # whether what lacks is taken as the gates let it through
+Way = tuple[float, bool]  # one of each
 WORTH = 0.005  # share of what lacks that another sweep must bring
 STEP = 10.0  # between strengths that are tried next: weaker ones once the states are nearer, else stronger ones
 DIRECT = 2e10  # multiplications, up to which a gated recurrence is solved unit by unit
@@ -51,15 +54,19 @@ def refuse(node: ir.Node) -> None:
     """Raises `Unfit` for what isn't understood."""
     if integer(node, "layout", 0):
         raise Unfit("its batch lies first")
+    if not usual(node) and (node.op_type == "GRU" or given(node, 7) is not None):
+        raise Unfit("its activations aren't the usual ones")
+
+
+def usual(node: ir.Node) -> bool:
+    """Whether a layer has the activations that the standard gives it, with nothing changed about them."""
     names = (
         [str(name) for name in node.attributes["activations"].as_strings()] if "activations" in node.attributes else []
     )
     kind = node.op_type
-    usual = USUAL[kind] * (len(names) // len(USUAL[kind]))
-    special = [name.lower() for name in names] != [name.lower() for name in usual]
+    standard = USUAL[kind] * (len(names) // len(USUAL[kind]))
     coupled = any(name in node.attributes for name in ("clip", "activation_alpha", "activation_beta", "input_forget"))
-    if (special or coupled) and (kind == "GRU" or given(node, 7) is not None):
-        raise Unfit("its activations aren't the usual ones")
+    return [name.lower() for name in names] == [name.lower() for name in standard] and not coupled
 
 
 @dataclass(frozen=True)
@@ -225,20 +232,21 @@ class Recurrent:
         before, systems = self._pass(walk, wanted)
         if before <= 0:
             return 0.0
-        best, kept, last = before, self._arrays(values), 0.0
-        tried: tuple[float, ...] = STRENGTHS
+        best, kept, last = before, self._arrays(values), (0.0, False)
+        tried: tuple[Way, ...] = tuple(itertools.product(STRENGTHS, BEHIND if usual(self.node) else BEHIND[:1]))
+        stronger = False
         for _ in range(SWEEPS):
             reached, following = best, systems
-            for strength in tried:
-                if not self._set(twin, values, systems, strength):
+            for way in tried:
+                if not self._set(twin, values, systems, way):
                     continue
                 now, after = self._pass(walk, wanted)
                 if now < best:
-                    best, kept, last, following = now, self._arrays(values), strength, after
+                    best, kept, last, following = now, self._arrays(values), way, after
             if best < reached * (1 - WORTH):
-                systems, tried = following, (last, last / STEP)
-            elif last and tried == (last, last / STEP):
-                systems, tried = following, (last * STEP, last * STEP**2)
+                systems, tried, stronger = following, (last, (last[0] / STEP, last[1])), True
+            elif last[0] and stronger:
+                systems, tried, stronger = following, ((last[0] * STEP, last[1]), (last[0], not last[1])), False
             else:
                 break
         self._restore(twin, values, kept)
@@ -248,9 +256,9 @@ class Recurrent:
     def _arrays(values: list[ir.Value]) -> list[Array]:
         return [np.asarray(constant(value), np.float64) for value in values]
 
-    def _set(self, twin: Twin, values: list[ir.Value], systems: list[Systems], strength: float) -> bool:
+    def _set(self, twin: Twin, values: list[ir.Value], systems: list[Systems], way: Way) -> bool:
         """The weights after a ridge regression; whether they are finite, else nothing is changed."""
-        solved = [each.solved(strength) for each in systems]
+        solved = [each.solved(*way) for each in systems]
         arrays = [np.stack(parts) for parts in zip(*solved, strict=True)]
         if not all(np.isfinite(array).all() for array in arrays):
             return False
@@ -330,8 +338,10 @@ class Systems:
     def add(self, x: Floats, h: Floats, sums: Floats, lack: Floats) -> None:
         """Positions with their sums before the gates, and what those lack."""
         x, h, lack = (np.asarray(each, np.float32) for each in (x, h, lack))
-        gates = lack if self.own.kind != "GRU" else lack[:, : 2 * self.size]
-        self.gates.add(self._seen(x, h)[None], gates[None])
+        behind = _behind(self.own.kind, self.size, sums, lack)
+        count = lack.shape[1] if self.own.kind != "GRU" else 2 * self.size
+        both = np.concatenate([lack[:, :count], behind[:, :count]], 1)
+        self.gates.add(self._seen(x, h)[None], both[None])
         if self.own.kind == "GRU":
             self.parts.append((x, h, sums, lack))
 
@@ -339,10 +349,12 @@ class Systems:
         ones = np.ones((len(x), 0 if self.own.b is None else 1), np.float32)
         return np.concatenate([x, h, ones], 1).astype(np.float32)
 
-    def solved(self, strength: float) -> list[Array]:
-        """The new w, r and b."""
+    def solved(self, strength: float, behind: bool) -> list[Array]:
+        """The new w, r and b, from what lacks in the sums or `behind` the gates."""
         own, inputs = self.own, self.own.w.shape[1]
-        delta = self.gates.solved(strength)[0]
+        both = self.gates.solved(strength)[0]
+        half = both.shape[1] // 2
+        delta = both[:, half:] if behind else both[:, :half]
         w, r = own.w.copy(), own.r.copy()
         b = None if own.b is None else own.b.copy()
         made = delta.shape[1]
@@ -351,10 +363,10 @@ class Systems:
         if b is not None:
             b[:made] += delta[-1]
         if own.kind == "GRU":
-            self._candidate(strength, delta, w, r, b)
+            self._candidate((strength, behind), delta, w, r, b)
         return [w, r] if b is None else [w, r, b]
 
-    def _candidate(self, strength: float, gates: Array, w: Array, r: Array, b: Array | None) -> None:
+    def _candidate(self, way: Way, gates: Array, w: Array, r: Array, b: Array | None) -> None:
         """The candidate of a GRU, with its reset gate as these changes of the `gates` make it."""
         x, h, sums, lack = (np.concatenate(each) for each in zip(*self.parts, strict=True))
         size, rest = self.size, slice(2 * self.size, None)
@@ -363,23 +375,37 @@ class Systems:
         after = _sigmoid(sums[:, size : 2 * size] + change)
         bias = np.zeros(len(self.own.w)) if self.own.b is None else self.own.b[len(self.own.w) :]
         ones = np.ones((len(x), 0 if b is None else 1), np.float32)
-        matrix, lack = self.own.r[rest].T.astype(np.float32), lack[:, rest]
+        matrix, target = self.own.r[rest].T.astype(np.float32), sums[:, rest] + lack[:, rest]
         if not self.own.after:
-            lack = lack - ((after - before) * h) @ matrix
+            now = sums[:, rest] + ((after - before) * h) @ matrix
+            lack = np.tanh(target) - np.tanh(now) if way[1] else target - now
             system = Moments()
             system.add(np.concatenate([x, after * h, ones], 1)[None], lack[None])
-            delta = system.solved(strength)[0]
+            delta = system.solved(way[0])[0]
             direct, behind = np.concatenate([delta[: x.shape[1]], delta[-1:]]), delta[x.shape[1] :]
         else:
-            lack = lack - (after - before) * (h @ matrix + bias[rest].astype(np.float32))
+            now = sums[:, rest] + (after - before) * (h @ matrix + bias[rest].astype(np.float32))
+            lack = np.tanh(target) - np.tanh(now) if way[1] else target - now
             inputs = np.concatenate([x, ones], 1), np.concatenate([h, ones], 1)
-            direct, behind = _around_reset(*inputs, after, lack, strength)
+            direct, behind = _around_reset(*inputs, after, lack, way[0])
         w[rest] += direct[: x.shape[1]].T
         r[rest] += behind[: h.shape[1]].T
         if b is not None:
             b[: len(w)][rest] += direct[-1]
             if self.own.after:
                 b[len(w) :][rest] += behind[-1]
+
+
+def _behind(kind: str, size: int, sums: Floats, lack: Floats) -> Sample:
+    """What lacks as the usual gates let it through, in units of their steepest slope.
+
+    Sums far out, where a gate is open or shut whatever they are, would outweigh all others.
+    """
+    made = sums + lack
+    passed = np.tanh(made) - np.tanh(sums)
+    squeezed = 4 * (_sigmoid(made) - _sigmoid(sums))
+    sigmoid = {"RNN": 0, "GRU": 2, "LSTM": 3}[kind] * size
+    return np.concatenate([squeezed[:, :sigmoid], passed[:, sigmoid:]], 1).astype(np.float32)
 
 
 def _around_reset(
