@@ -2,9 +2,11 @@
 
 With Z = W x(t) + R h(t-1) + b the sums before the gates: what the uncut model has there, at the units that stay, is the
 target; the inputs are the cut model's own x(t) and h(t-1), everything before repaired already. Ridge regression on what
-lacks changes W, R and b at once. Then the layer's own h are others, so it is run and fitted again, a few times. Errors
-feed back, so lambda is larger than where they don't, and what is kept is what brings the states nearest to the uncut
-ones on samples that are held out, running freely. Nobody seems to have published closed-form repair of such layers.
+lacks changes W, R and b at once. Then the layer's own h are others, so it is run and fitted again, a few times. What
+lacks is the difference of the sums, or of what the gates make of them, since sums far out would outweigh all others
+without a difference behind the gate. Errors feed back, so lambda is larger than where they don't, and what is kept is
+what brings the states nearest to the uncut ones on samples that are held out, running freely. Nobody seems to have
+published closed-form repair of such layers.
 """
 
 from __future__ import annotations
