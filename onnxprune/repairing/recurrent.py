@@ -35,7 +35,8 @@ BEHIND = (False, True)  # whether what lacks is taken as the gates let it throug
 Way = tuple[float, bool]  # one of each
 WORTH = 0.005  # share of what lacks that another sweep must bring
 STEP = 10.0  # between strengths that are tried next: weaker ones once the states are nearer, else stronger ones
-DIRECT = 2e10  # multiplications, up to which a gated recurrence is solved unit by unit
+NEAR = 1e-8  # of the squared residual, at which conjugate gradients have converged
+DIRECT = 1e9  # multiplications, up to which a gated recurrence is solved unit by unit
 USUAL = {"RNN": ["Tanh"], "GRU": ["Sigmoid", "Tanh"], "LSTM": ["Sigmoid", "Tanh", "Tanh"]}
 STATES = "states"  # the name given to an output of all states that a model leaves out
 Floats = NDArray[np.floating]
@@ -432,12 +433,15 @@ def _around_reset(
         return back(x @ part[:count] + reset * (h @ part[count:])) + ridge * change
 
     rest = back(lack)
+    enough = NEAR * float(np.square(rest).sum())
     found, way, size = np.zeros_like(rest), rest, np.square(rest).sum(0)
     for _ in range(steps):
         image = applied(way)
         step = size / np.maximum((way * image).sum(0), 1e-30)
         found, rest = found + step * way, rest - step * image
         new = np.square(rest).sum(0)
+        if float(new.sum()) < enough:
+            break
         way, size = rest + new / np.maximum(size, 1e-30) * way, new
     return found[:count] / sizes[0][:, None], found[count:] / sizes[1][:, None]
 
