@@ -29,11 +29,11 @@ from onnxprune.repairing.moments import Array, Moments, Sample
 from onnxprune.repairing.products import Unfit
 from onnxprune.repairing.walk import Walk
 
-SWEEPS = 12
-STRENGTHS = (1.0, 0.1, 0.01, 1e-3, 1e-5)  # lambda, in units of the mean diagonal of the Gram matrix
+SWEEPS = 10
+STRENGTHS = (1.0, 0.1, 0.01)  # lambda to begin with, in units of the mean diagonal of the Gram matrix
 BEHIND = (False, True)  # whether what lacks is taken as the gates let it through
 Way = tuple[float, bool]  # one of each
-WORTH = 0.005  # share of what lacks that another sweep must bring
+WORTH = 0.02  # share of what lacks that another sweep must bring
 STEP = 10.0  # between strengths that are tried next: weaker ones once the states are nearer, else stronger ones
 NEAR = 1e-8  # of the squared residual, at which conjugate gradients have converged
 DIRECT = 1e9  # multiplications, up to which a gated recurrence is solved unit by unit
