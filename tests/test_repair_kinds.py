@@ -12,6 +12,7 @@ from onnxprune.evaluating.data import random_inputs
 from onnxprune.evaluating.evaluate import predict, run_model
 from onnxprune.evaluating.metrics import fidelity
 from onnxprune.evaluating.sources import as_dataset
+from onnxprune.graph.floats import in_floats
 from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse
 from onnxprune.labels.units import find_units
@@ -126,6 +127,27 @@ def test_a_reader_makes_up_for_copies_exactly(name: str) -> None:
     bound = 1e-5 if axis != 2 else 2e-3  # states feed back: their lambda is larger
     assert np.abs(before - wanted).max() > 0.1
     assert np.abs(after - wanted).max() <= bound * np.abs(wanted).max()
+
+
+def test_a_fused_activation_keeps_its_slope() -> None:
+    """What stands behind a fused node reads the twin's values: they must be those of the model."""
+    model = graph(FORMS["fused affine"][0])
+    inputs = random_inputs(model, 0, batch=8)
+    a, b = (run_model(each, inputs)[0] for each in (model, in_floats(model).model))
+    assert np.abs(a - b).max() < 1e-5
+
+
+def test_weights_are_put_back_to_the_bit() -> None:
+    model = graph(FORMS["LSTM on the fly"][0])
+    twin = in_floats(model)
+    values = [value for value in twin.forms if ".floats" in (value.name or "")]
+    before = {name: np.array(value.const_value.numpy()) for name, value in model.graph.initializers.items()}
+    restore = twin.hold(values)
+    for value in values:
+        assert twin.write(value, twin.forms[value].read() * 1.7 + 0.01, lambda _: -1.0)
+    assert any(not np.array_equal(before[n], v.const_value.numpy()) for n, v in model.graph.initializers.items())
+    restore()
+    assert all(np.array_equal(before[n], v.const_value.numpy()) for n, v in model.graph.initializers.items())
 
 
 def test_few_samples_give_all_their_positions() -> None:

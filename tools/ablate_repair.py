@@ -50,7 +50,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 
 def weights(layer: Any) -> list[Any]:
     """The initializers that a layer's fit changes, without biases."""
-    return layer._weights()[:2] if isinstance(layer, Recurrent) else [layer.weight]
+    return layer.weights[:2] if isinstance(layer, Recurrent) else [layer.weight]
 
 
 def measure(folder: Path, name: str, macs: float, criterion: str) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ lacks then.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,6 +35,10 @@ class Form(Protocol):
     def write(self, array: Array, lack: Lack) -> Array | None:
         """Stores these numbers as nearly as can be; what is stored then, or None where that would be no gain."""
 
+    @property
+    def parts(self) -> list[ir.Value]:
+        """The initializers that it is stored in."""
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -50,6 +54,10 @@ class Plain:
         stored = array.astype(self.value.const_value.dtype.numpy())
         self.value.const_value = ir.tensor(stored, name=self.value.name)
         return stored.astype(np.float64)
+
+    @property
+    def parts(self) -> list[ir.Value]:
+        return [self.value]
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,10 @@ class Integers:
         _set(self.scale, kept)
         return stands
 
+    @property
+    def parts(self) -> list[ir.Value]:
+        return [self.value, self.scale]
+
     def _scales(self) -> Array:
         return np.asarray(constant(self.scale), np.float64)
 
@@ -111,6 +123,10 @@ class Moved:
         stored = self.inner.write(self.backward(array), lambda other: lack(self.forward(other)))
         return None if stored is None else np.asarray(self.forward(stored), np.float64)
 
+    @property
+    def parts(self) -> list[ir.Value]:
+        return self.inner.parts
+
 
 @dataclass
 class Twin:
@@ -118,6 +134,17 @@ class Twin:
 
     model: ir.Model
     forms: dict[ir.Value, Form] = field(default_factory=dict)
+
+    def hold(self, values: Sequence[ir.Value]) -> Callable[[], None]:
+        """Remembers weights as they are, in both models; what is returned puts them back, to the bit."""
+        parts = [part for value in values for part in (value, *self.forms[value].parts)]
+        held = [(part, part.const_value) for part in parts]
+
+        def restore() -> None:
+            for part, tensor in held:
+                part.const_value = tensor
+
+        return restore
 
     def write(self, value: ir.Value, array: Array, lack: Lack) -> bool:
         """Puts fitted weights into both; whether that was a gain."""
@@ -182,7 +209,7 @@ def _integers(
     q, s, z = (_own(value, stored) for value in (weight, scale, zero))
     if q is None or s is None or q.const_value is None or s.const_value is None or (zero is not None and z is None):
         return None
-    if len(s.uses()) != 1 or len(q.uses()) != 1 or q.const_value.dtype.bitwidth != 8:
+    if len(s.uses()) != 1 or len(q.uses()) != 1 or q.const_value.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
         return None
     rank, count = len(q.const_value.shape.numpy()), s.const_value.size
     if count != 1 and (axis is None or q.const_value.shape.numpy()[axis] != count):
@@ -373,9 +400,10 @@ def _fused_product(twin: Twin, node: ir.Node, stored: Stored) -> None:
     """The product, a sum that may follow, and the activation."""
     known = {name: node.attributes[name] for name in node.attributes if not name.startswith("activation")}
     activation = node.attributes["activation"].as_string() if "activation" in node.attributes else ""
-    parameters = (
-        list(node.attributes["activation_params"].as_floats()) if "activation_params" in node.attributes else []
-    )
+    single = [f"activation_{letter}" for letter in ("alpha", "beta") if f"activation_{letter}" in node.attributes]
+    parameters = [node.attributes[name].as_float() for name in single]
+    if "activation_params" in node.attributes:
+        parameters = list(node.attributes["activation_params"].as_floats())
     names = {"Relu": [], "Tanh": [], "Sigmoid": [], "LeakyRelu": ["alpha"], "HardSigmoid": ["alpha", "beta"]}
     if activation not in (*names, "", "Clip"):
         return

@@ -104,6 +104,11 @@ class Linear:
         return [use.product.node for use in self.uses]
 
     @property
+    def weights(self) -> list[ir.Value]:
+        """The initializers that a fit changes."""
+        return [self.weight, *(use.bias for use in self.uses if use.bias is not None)]
+
+    @property
     def kind(self) -> str:
         """What a person calls it."""
         shared = f", shared by {len(self.uses)}" if len(self.uses) > 1 else ""
@@ -259,16 +264,21 @@ def reconstruct(
 
 def _fitted(walk: Walk, twin: Twin, layer: Layer, wanted: Sequence[Any], memory: int, parted: list[str]) -> Repaired:
     name = _name_of(layer.node)
+    undo: Callable[[], None] = lambda: None  # noqa: E731
     try:
         walk.reach(layer.node)
+        undo = twin.hold([value for value in layer.weights if value in twin.forms])
         if isinstance(layer, Recurrent):
             return Repaired(name, layer.node.op_type, layer.fit(walk, twin, wanted))
         blocks, left = list(_blocks(layer, memory // 4)), 1.0
         parted += [name] * (len(blocks) != 1)
+        if not blocks:
+            raise Unfit("memory is too small for a part of its inputs")
         for block in blocks:
             left *= 1 - layer.fit(walk, twin, wanted, block)
         return Repaired(name, layer.kind, 1 - left)
     except (Unfit, ModelError, np.linalg.LinAlgError, MemoryError, ValueError, IndexError) as error:
+        undo()
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Repaired(name, layer.node.op_type, None, reason)
 

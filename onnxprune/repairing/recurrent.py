@@ -188,10 +188,12 @@ class Recurrent:
     def check(self, twin: Twin) -> None:
         """Raises `Unfit` where the layer can't be fitted."""
         refuse(self.node)
-        if any(len(value.uses()) != 1 or value not in twin.forms for value in self._weights()):
+        if any(len(value.uses()) != 1 or value not in twin.forms for value in self.weights):
             raise Unfit("its weights are shared or computed")
 
-    def _weights(self) -> list[ir.Value]:
+    @property
+    def weights(self) -> list[ir.Value]:
+        """The initializers that a fit changes."""
         return [value for value in (given(self.node, index) for index in (1, 2, 3)) if value is not None]
 
     @property
@@ -231,11 +233,11 @@ class Recurrent:
     def fit(self, walk: Walk, twin: Twin, wanted: Sequence[list[Wanted]]) -> float:
         """Fits the layer; returns the share of what its states lacked, on held-out samples, that it won back."""
         self.check(twin)
-        values = self._weights()
+        values = self.weights
         before, systems = self._pass(walk, wanted)
         if before <= 0:
             return 0.0
-        best, kept, last = before, self._arrays(values), (0.0, False)
+        best, keep, last = before, twin.hold(values), (0.0, False)
         tried: tuple[Way, ...] = tuple(itertools.product(STRENGTHS, BEHIND if usual(self.node) else BEHIND[:1]))
         stronger = False
         for _ in range(SWEEPS):
@@ -245,19 +247,15 @@ class Recurrent:
                     continue
                 now, after = self._pass(walk, wanted)
                 if now < best:
-                    best, kept, last, following = now, self._arrays(values), way, after
+                    best, keep, last, following = now, twin.hold(values), way, after
             if best < reached * (1 - WORTH):
                 systems, tried, stronger = following, (last, (last[0] / STEP, last[1])), True
             elif last[0] and stronger:
                 systems, tried, stronger = following, ((last[0] * STEP, last[1]), (last[0], not last[1])), False
             else:
                 break
-        self._restore(twin, values, kept)
+        keep()
         return 1 - best / before
-
-    @staticmethod
-    def _arrays(values: list[ir.Value]) -> list[Array]:
-        return [np.asarray(constant(value), np.float64) for value in values]
 
     def _set(self, twin: Twin, values: list[ir.Value], systems: list[Systems], way: Way) -> bool:
         """The weights after a ridge regression; whether they are finite, else nothing is changed."""
@@ -265,12 +263,9 @@ class Recurrent:
         arrays = [np.stack(parts) for parts in zip(*solved, strict=True)]
         if not all(np.isfinite(array).all() for array in arrays):
             return False
-        self._restore(twin, values, arrays)
-        return True
-
-    def _restore(self, twin: Twin, values: list[ir.Value], arrays: Sequence[Array]) -> None:
         for value, array in zip(values, arrays, strict=True):
             twin.write(value, array, partial(_distance, wished=array))
+        return True
 
     def _pass(self, walk: Walk, wanted: Sequence[list[Wanted]]) -> tuple[float, list[Systems]]:
         """Squares of what the states lack on held-out samples, running freely, and what a regression needs.
