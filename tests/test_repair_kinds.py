@@ -129,6 +129,14 @@ def test_a_reader_makes_up_for_copies_exactly(name: str) -> None:
     assert np.abs(after - wanted).max() <= bound * np.abs(wanted).max()
 
 
+def test_weights_in_a_form_that_is_not_known_are_said_not_to_be_repaired() -> None:
+    model = graph(
+        "(float[N,7,8] x, int8[8,5] q, float[2,5] s) => (float[N,7,5] y)"
+        "{ w = DequantizeLinear<axis=0, block_size=4>(q, s) y = MatMul(x, w) }"
+    )
+    assert list(unrepairable(model).values()) == ["MatMul isn't fitted"]
+
+
 def test_a_fused_activation_keeps_its_slope() -> None:
     """What stands behind a fused node reads the twin's values: they must be those of the model."""
     model = graph(FORMS["fused affine"][0])

@@ -301,7 +301,8 @@ def _blocks(layer: Linear, memory: int) -> Iterator[slice]:
         yield from (slice(int(a), int(b)) for a, b in itertools.pairwise(edges))
 
 
-TABLES = {"Gather", "Add", "Sub", "Mul", "Div", "Where", "Expand", "Concat", "Reshape", "Slice", "Transpose"}
+TABLES = {"Gather", "Add", "Sub", "Mul", "Div", "Where", "Expand", "Concat", "Slice"}  # no products
+PASSING = {"DequantizeLinear", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze"}  # a weight on its way to one
 
 
 def unrepairable(model: ir.Model) -> dict[str, str]:
@@ -319,10 +320,19 @@ def unrepairable(model: ir.Model) -> dict[str, str]:
                 fitted.discard(layer.node.name)
     left = dict[str, str]()
     for node in twin.model.graph:
-        held = any(value is not None and _is_matrix(value) for value in node.inputs)
-        if held and node.name not in fitted and operator_name(node) not in TABLES:
+        held = any(value is not None and _is_matrix(_stored(value)) for value in node.inputs)
+        if held and node.name not in fitted and operator_name(node) not in TABLES | PASSING:
             left[_name_of(node)] = reasons.get(_name_of(node), f"{operator_name(node)} isn't fitted")
     return left
+
+
+def _stored(value: ir.Value) -> ir.Value:
+    """The initializer behind an operand that is dequantised, cast or moved; else the operand."""
+    node = value.producer()
+    while node is not None and operator_name(node) in PASSING and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
 
 
 def _is_matrix(value: ir.Value) -> bool:
