@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads that wait for one another take longer
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 from onnxprune.training import supported

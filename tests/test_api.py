@@ -49,7 +49,7 @@ def test_a_run_on_arrays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "advice"),
     [
-        ("scope", "all", "--scope all: give global or gradual or layer or isomorphic or auto"),
+        ("scope", "all", "--scope all: give global or gradual or layer or isomorphic or priced or auto"),
         ("controller", "bisection", "--controller bisection: give bisect or published"),
         ("epochs", 1.5, "--epochs 1.5: give a whole number or nothing"),
         ("target_macs", "0.5", "--target-macs 0.5: give a number or nothing"),

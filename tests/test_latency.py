@@ -134,7 +134,8 @@ def test_an_estimate_that_is_far_off_is_corrected(monkeypatch: pytest.MonkeyPatc
     options = RunOptions(target_latency=0.6, epochs=0, threads=1, layers=0, bench_seconds=0.2)
     report = onnxprune.run(MODELS / "digits_resnet.onnx", str(MODELS / "digits.npz"), output=tmp_path / "o.onnx",
                            options=options)  # fmt: skip
-    assert report.rounds[0]["macs_share"] > 0.1 and not any("out of reach" in note for note in report.notes)
+    narrowest = sum(record["macs_share"] for record in report.rounds) <= 0.04  # one channel everywhere
+    assert not narrowest and not any("out of reach" in note for note in report.notes)
 
 
 def test_a_target_latency_is_measured_and_reported(tmp_path: Path) -> None:
@@ -144,6 +145,6 @@ def test_a_target_latency_is_measured_and_reported(tmp_path: Path) -> None:
     entry = result.json["target"]["resources"]["latency"]
     assert entry["asked"] == 0.8 and entry["reached"] == pytest.approx(1 / result.json["speedup"][CPU]["speedup"])
     assert (result.status == 0) == (entry["reached"] <= 0.8 * 1.05)
-    assert any("layers to drop, by loss" in note for note in result.json["notes"])
+    assert any("with layers" in note for note in result.json["notes"])
     with pytest.raises(UsageError, match="target-latency"):
         RunOptions(target_latency=1.5)

@@ -50,7 +50,8 @@ def test_where_nothing_may_go_the_target_is_not_met(target: str, tmp_path: Path)
 
 @needs_training
 def test_after_a_round_that_was_rolled_back_the_next_cuts_less(tmp_path: Path) -> None:
-    options = RunOptions(max_drop=0.2, epochs=2, threads=1, bench_seconds=0.1, round_to=1)
+    way = {"criterion": "flap", "scope": "gradual"}
+    options = RunOptions(max_drop=0.2, epochs=2, threads=1, bench_seconds=0.1, round_to=1, **way)  # type: ignore[arg-type]
     rounds = onnxprune.run(MODELS / "digits_resnet.onnx", DIGITS, output=tmp_path / "out.onnx", options=options).rounds
     back = [(one, other) for one, other in pairwise(rounds) if not one["accepted"]]
     assert back and all(other["macs_share"] > one["macs_share"] for one, other in back)
@@ -58,9 +59,10 @@ def test_after_a_round_that_was_rolled_back_the_next_cuts_less(tmp_path: Path) -
 
 def test_a_rolled_back_round_leaves_no_trace(tmp_path: Path) -> None:
     # The first cut is kept; the way on costs more than the first one did, and is undone.
-    one = run(tmp_path / "one", target_macs=0.4, rounds=1)
+    way = {"criterion": "flap", "scope": "gradual"}
+    one = run(tmp_path / "one", target_macs=0.4, rounds=1, **way)
     most = one.rounds[0]["drop_counted"] + 1e-6
-    two = run(tmp_path / "two", target_macs=0.4**2, max_drop=max(0.0, most), rounds=2)
+    two = run(tmp_path / "two", target_macs=0.4**2, max_drop=max(0.0, most), rounds=2, **way)
     assert one.met and not two.met
     verdicts = [record["accepted"] for record in two.rounds]
     assert verdicts[0] and not all(verdicts)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from onnxprune.choosing.layers import find_layers
+from onnxprune.choosing.queue import Queue, priced_layers
 from onnxprune.choosing.select import Keep, Rounding, bounded, survivors, survivors_by_share, tau_for
 from onnxprune.choosing.threshold import INITIAL, Outcome, bisect_tau, initial_tau, next_progress, published_tau, reach
 from onnxprune.cutting.cut import cut
@@ -20,8 +22,9 @@ from onnxprune.labels import analyse
 from onnxprune.labels.units import Units, find_units
 from onnxprune.normalising.normalise import normalise
 from onnxprune.running.proposals import outcome_of
-from onnxprune.scoring.cost import Cost
-from onnxprune.scoring.score import CRITERIA, SCOPES, Scope, normalise_scores, prices_of, score_units
+from onnxprune.scoring.cost import Cost, Spending
+from onnxprune.scoring.prices import TRIED, kept_at, unit_losses, unit_prices
+from onnxprune.scoring.score import CRITERIA, SCOPES, Scope, normalise_scores, score_units
 from tests.conftest import MODELS
 from tests.graphs import graph
 
@@ -133,21 +136,54 @@ def test_gradual_takes_a_part_where_global_takes_all_but_one(scope: Scope, spare
     assert kept == (pytest.approx(len(group.units) / 2, abs=1) if spared else 0)
 
 
-def test_priced_spares_what_saves_little() -> None:
-    """Of groups whose units are worth the same, those go first that save most of what is asked for."""
+def test_prices_share_out_what_was_measured() -> None:
+    """The units that went in a trial cost together what was lost in it, and those behind them no less."""
     units = units_of("digits_resnet")
-    scores = normalise_scores(units, np.ones(units.count), "priced")
-    prices, cost = prices_of(units), Cost(units)
-    everything = np.ones(units.count, bool)
+    raw = score_units(units)
+    curves = {group.name: [0.02 * (index + 1), 0.3] for index, group in enumerate(units.groups)}
+    losses = unit_losses(units, raw, curves)
+    for group in units.groups:
+        ordered = losses[group.units[np.argsort(raw[group.units], kind="stable")]]
+        gone = len(group.units) - kept_at(group, TRIED[0])
+        assert ordered[:gone].sum() == pytest.approx(curves[group.name][0])
+        assert (np.diff(ordered) >= 0).all()
+    assert np.allclose(unit_losses(units, 1000 * raw, curves)[np.isfinite(losses)], losses[np.isfinite(losses)])
+
+
+def test_prices_spare_what_saves_little() -> None:
+    """Of groups whose units lose the same, those go first that save most of what is asked for."""
+    units = units_of("digits_resnet")
+    spending, everything = Spending(units, ("macs",), None), np.ones(units.count, bool)
+    prices = unit_prices(units, np.ones(units.count), spending)
     saved = {}
     for group in units.groups:
         rest = everything.copy()
-        rest[group.units[0]] = False
-        saved[group.name] = cost.macs(everything) - cost.macs(rest)
-    first = {group.name: float(scores[group.units].min()) for group in units.groups}
-    assert len({round(price, 9) for _, price in prices.values()}) > 1
+        rest[group.units[1:]] = False
+        saved[group.name] = (spending(everything) - spending(rest)) / (len(group.units) - 1)
+    first = {group.name: float(prices[group.units].min()) for group in units.groups}
     dear, cheap = (pick(saved, key=saved.__getitem__) for pick in (max, min))
     assert first[dear] < first[cheap]
+    assert all(first[name] == pytest.approx(1 / saved[name]) for name in saved)
+
+
+def test_a_layer_is_cheaper_to_drop_the_less_is_left_of_it() -> None:
+    """What its units lost and saved is behind it; without nodes and the weights that only they read less is spent."""
+    units = units_of("digits_resnet")
+    spending, everything = Spending(units, ("macs",), None), np.ones(units.count, bool)
+    losses = np.full(units.count, 0.001)
+    layers = find_layers(units.model)
+    priced = priced_layers(units, layers, {layer.name: 0.1 for layer in layers})
+    inside = [group for each in priced for group in each.inside]
+    assert inside
+    thin = everything.copy()
+    thin[inside[0].units[2:]] = False
+    queue = Queue(units, losses, Rounding(1), losses, priced, spending, most=len(layers))
+    owner = next(each for each in priced if inside[0] in each.inside)
+    rest = spending(everything) - spending(everything, owner.nodes)
+    left = spending(thin) - spending(thin, owner.nodes)
+    assert 0 < left < rest
+    assert not queue.layers_under(0.0) and len(queue.layers_under(np.inf)) >= len(layers) - 1
+    assert queue.prices[owner.layer.name] == pytest.approx(0.1 / rest)
 
 
 def test_a_unit_goes_when_its_score_is_under_tau() -> None:

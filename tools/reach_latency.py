@@ -23,8 +23,8 @@ from onnxprune.benchmarking import bench as benchmarks
 from onnxprune.benchmarking.bench import bench_models
 from onnxprune.benchmarking.interleave import interleave
 from onnxprune.evaluating.data import random_inputs
-from onnxprune.evaluating.evaluate import session_options
 from onnxprune.graph.model import open_model, open_session
+from onnxprune.graph.threads import session_options
 
 TRIALS = 40
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,13 +17,14 @@ from typing import Any, cast
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from scipy.stats import t
+from scipy.special import stdtrit
 
 from onnxprune.benchmarking.interleave import LEVELS, MOST_PARTS, WARM_UP, Rows, interleave, open_as
 from onnxprune.checks import check_option
 from onnxprune.errors import UsageError
-from onnxprune.evaluating.evaluate import Batch, inputs_to_time, run_session, session_options
+from onnxprune.evaluating.evaluate import Batch, inputs_to_time, run_session
 from onnxprune.graph.model import external_files, open_session
+from onnxprune.graph.threads import allowed_threads, session_options
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,10 @@ def bench_models(
         check_option(name, value, hint, least)
     full, paths = find_providers(providers), [Path(model) for model in models]
     inputs, runtime = inputs_to_time(paths[0], seed, batch, shapes), runtime or Runtime(threads)
-    sizes = {name: array.shape for name, array in inputs.items()}
     results = []
     for provider in full:
         rows, starts = _interleave(paths, provider, inputs, runtime, seconds, precision)
-        memory = [added_memory(path, provider, runtime.threads, batch, seed, sizes) for path in paths]
+        memory = [added_memory(path, provider, runtime.threads, inputs) for path in paths]
         results += results_of(paths, provider, rows, starts, memory)
     return results
 
@@ -184,6 +184,7 @@ def _interleave(
     precision: float | None = None,
 ) -> tuple[NDArray[np.float64], list[tuple[float, float]]]:
     """Seconds of every run, of shape (models, parts, runs); for each model those of loading and of its first run."""
+    runtime = replace(runtime, threads=allowed_threads(runtime.threads))
     for path in paths:  # once, for an error that says what is wrong
         run_session(open_session(str(path), _options(runtime), [(provider, dict(runtime.provider_options))]), inputs)
     openers = [partial(open_as, onnxruntime, str(path), provider, asdict(runtime)) for path in paths]
@@ -279,26 +280,18 @@ def compare(first: NDArray[np.float64], other: NDArray[np.float64]) -> Compariso
     logs = np.log([np.median(a) / np.median(b) for a, b in pairs])
     mean, error = float(logs.mean()), 0.0
     if len(logs) > 1:
-        error = float(t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
+        error = float(stdtrit(len(logs) - 1, 0.975) * logs.std(ddof=1) / np.sqrt(len(logs)))
     return Comparison(float(np.exp(mean)), float(np.exp(mean - error)), float(np.exp(mean + error)))
 
 
-def added_memory(
-    path: Path, provider: str, threads: int | None, batch: int, seed: int, shapes: Mapping[str, Sequence[int]]
-) -> int:
+def added_memory(path: Path, provider: str, threads: int | None, inputs: Mapping[str, NDArray[Any]]) -> int:
     """Bytes that loading and running a model once adds to the memory of a process of its own; 0 if that fails."""
-    command = [
-        sys.executable,
-        "-m",
-        "onnxprune.benchmarking.footprint",
-        str(path),
-        provider,
-        str(threads or 0),
-        str(batch),
-        str(seed),
-        json.dumps(shapes),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "inputs.npz"
+        np.savez(place, **inputs)  # type: ignore[arg-type]
+        given = (path, provider, allowed_threads(threads) or 0, place)
+        command = [sys.executable, "-m", "onnxprune.benchmarking.footprint", *map(str, given)]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     return int(done.stdout) if done.returncode == 0 else 0
 
 

@@ -24,9 +24,9 @@ import platformdirs
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.benchmarking.interleave import Bound
-from onnxprune.evaluating.evaluate import session_options
 from onnxprune.graph.files import write_json
 from onnxprune.graph.model import open_session
+from onnxprune.graph.threads import session_options
 
 CPU = "CPUExecutionProvider"
 KINDS = ("conv", "pointwise", "depthwise", "matmul")  # products, by what runs them

@@ -12,16 +12,12 @@ from onnx_ir.passes import common
 
 from onnxprune.cutting.plan import Plan
 from onnxprune.errors import UsageError
-from onnxprune.evaluating.data import Dataset, batches
-from onnxprune.evaluating.evaluate import all_shapes, run_session, session_options
-from onnxprune.graph.model import open_session
+from onnxprune.evaluating.evaluate import all_shapes
 from onnxprune.graph.shapes import Shapes
 from onnxprune.labels.pointwise import BROADCAST, SUMS, UNARY
 from onnxprune.labels.units import is_parameter, protected, weight_matrix
 from onnxprune.scoring.score import stored, weight_values
 
-CALIBRATION = 64  # samples on which the influence of layers is measured
-UNIMPORTANT = 0.05  # influence below which `auto` drops a layer
 FOLLOWING = {*UNARY.split(), *BROADCAST.split(), "BatchNormalization"}  # what may belong to the layer before it
 
 
@@ -178,51 +174,17 @@ def _identity(shape: tuple[int, ...]) -> NDArray[np.float64]:
     return identity
 
 
-def influence_scores(
-    model: ir.Model, layers: Sequence[Layer], data: Dataset, threads: int | None = None
-) -> list[float]:
-    """How much each layer turns what it gets: `1 - E[cos(input, output)]` on the first of the data.
-
-    Men et al. 2024, ShortGPT, equation 1 (block influence).
-    """
-    outputs = list(model.graph.outputs)
-    wanted = list(dict.fromkeys(value for layer in layers for value in (layer.kept, layer.output)))
-    extra = [value for value in wanted if value not in outputs and not value.is_graph_input()]
-    try:
-        model.graph.outputs.extend(extra)
-        session = open_session(model, session_options(threads))
-    finally:
-        model.graph.outputs.clear()
-        model.graph.outputs.extend(outputs)
-    part = data.take(slice(0, CALIBRATION))
-    totals, count = np.zeros(len(layers)), 0
-    names = [value.name for value in (*outputs, *extra)]
-    size = next(iter(part.inputs.values())).shape[0] if len(part) < 16 else 16
-    for batch in batches(part, size):
-        values = dict(batch)
-        values.update({name or "": array for name, array in zip(names, run_session(session, batch), strict=True)})
-        for index, layer in enumerate(layers):
-            x, y = (np.asarray(values[v.name or ""], np.float64) for v in (layer.kept, layer.output))
-            x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
-            norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-            totals[index] += float(((x * y).sum(1) / np.maximum(norms, 1e-30)).mean())
-        count += 1
-    return [float(1 - total / count) for total in totals]
-
-
 def free_layers(model: ir.Model, protect: Sequence[str]) -> list[Layer]:
     """The layers that can be dropped and hold no protected parameter."""
     fixed = set(protected(model, protect))
     return [layer for layer in find_layers(model) if not fixed.intersection(layer.weights)]
 
 
-def choose_layers(layers: Sequence[Layer], scores: Sequence[float], wanted: int | None) -> list[Layer]:
-    """The `wanted` layers of lowest score; without a number those that hardly matter. `UsageError` for too many."""
-    if wanted is not None and wanted > len(layers):
+def choose_layers(layers: Sequence[Layer], scores: Sequence[float], wanted: int) -> list[Layer]:
+    """The `wanted` layers of lowest score. `UsageError` for too many."""
+    if wanted > len(layers):
         raise UsageError(f"--layers {wanted}: the model has {len(layers)} layers that can be dropped")
     order = sorted(range(len(layers)), key=lambda index: scores[index])
-    if wanted is None:
-        wanted = sum(score < UNIMPORTANT for score in scores)
     return [layers[index] for index in sorted(order[:wanted])]
 
 

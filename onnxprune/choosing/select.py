@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
+from numpy.typing import NDArray
 
 from onnxprune.benchmarking.probe import block_size
 from onnxprune.errors import UsageError
@@ -128,17 +129,24 @@ def tau_for(
     if not len(values):
         return None
     candidates = np.append(values, above_all(scores))
+    tau = lowest(candidates, lambda each: fits(survivors(units, scores, each, rounding)))
+    if tau is None:
+        return None
+    return tau, given_back(units, scores, survivors(units, scores, tau, rounding), rounding, fits)
+
+
+def lowest(candidates: NDArray[np.float64], fits: Callable[[float], bool]) -> float | None:
+    """The lowest of sorted candidates that fits, by bisection; None when not even the highest does."""
     low, high = 0, len(candidates) - 1
-    if not fits(survivors(units, scores, float(candidates[high]), rounding)):
+    if not fits(float(candidates[high])):
         return None
     while low < high:
         middle = (low + high) // 2
-        if fits(survivors(units, scores, float(candidates[middle]), rounding)):
+        if fits(float(candidates[middle])):
             high = middle
         else:
             low = middle + 1
-    tau = float(candidates[low])
-    return tau, given_back(units, scores, survivors(units, scores, tau, rounding), rounding, fits)
+    return float(candidates[low])
 
 
 def given_back(units: Units, scores: Scores, alive: Alive, rounding: Rounding, fits: Callable[[Alive], bool]) -> Alive:

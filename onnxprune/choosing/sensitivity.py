@@ -23,6 +23,7 @@ from onnxprune.evaluating.judge import Judge
 from onnxprune.evaluating.metrics import find_metric
 from onnxprune.evaluating.sources import ImageOptions, as_dataset
 from onnxprune.graph.model import open_model, save_model
+from onnxprune.graph.threads import number_of_threads
 from onnxprune.labels.units import Units, prunable
 from onnxprune.normalising.normalise import normalise
 from onnxprune.progress import Listener
@@ -139,7 +140,7 @@ def sensitivity(
     part = as_dataset(data, baseline, images).shuffled(seed).take(slice(0, samples))
     measured = find_metric(metric, part)
     jobs = int(parallel) if parallel.isdigit() else 0
-    threads = max(1, (os.cpu_count() or 1) // max(1, jobs))
+    threads = max(1, number_of_threads() // max(1, jobs))
     with tempfile.TemporaryDirectory() as folder:
         save_model(baseline, Path(folder) / "model.onnx")
         files = tuple((path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir()))

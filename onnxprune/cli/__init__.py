@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
@@ -9,23 +10,48 @@ import traceback
 import click
 
 import onnxprune
-from onnxprune.cli.apply import apply_command
-from onnxprune.cli.bench import bench_command
-from onnxprune.cli.doctor import doctor_command
-from onnxprune.cli.export import export_command
-from onnxprune.cli.inspect import inspect_command
 from onnxprune.cli.output import print_json, prints_elsewhere, say
-from onnxprune.cli.probe import probe_command
-from onnxprune.cli.prune import prune_command
-from onnxprune.cli.run import run_command
-from onnxprune.cli.sensitivity import sensitivity_command
-from onnxprune.cli.verify import verify_command
 from onnxprune.errors import OnnxPruneError
 
+COMMANDS = {  # each in the module of its name, which is loaded when it is called
+    "run": "Prune, repair, fine-tune, check and benchmark.",
+    "prune": "One cut by weights, without data.",
+    "inspect": "What can be pruned, and why the rest can't.",
+    "sensitivity": "How much each group matters, measured.",
+    "apply": "Repeat a plan on a model of the same architecture.",
+    "verify": "Compare a pruned model with its masked baseline.",
+    "bench": "Time models against each other.",
+    "probe": "Measure what widths cost on this machine.",
+    "export": "Smaller numbers, or the .ort format.",
+    "doctor": "What this environment can do.",
+}
 INTERRUPTED = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+class Commands(click.Group):
+    """Commands that are loaded when they are called: most of the time that a start takes is theirs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names, the most needed first."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"onnxprune.cli.{cmd_name}"), f"{cmd_name}_command")
+        if command.name not in self.commands:
+            command.callback = prints_elsewhere()(command.callback)  # type: ignore[type-var]
+            self.add_command(command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """What each does, without loading it."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(onnxprune.__version__, prog_name="onnxprune")
 def cli() -> None:
     """Makes trained ONNX models smaller and faster: prunes channels, heads and units, repairs and fine-tunes the rest.
@@ -34,22 +60,6 @@ def cli() -> None:
     6 training failed or isn't available; 7 the result is of no use and wasn't written; verify: 8 different, 9 not
     comparable; 130 interrupted.
     """
-
-
-for command in (
-    run_command,
-    prune_command,
-    inspect_command,
-    sensitivity_command,
-    apply_command,
-    verify_command,
-    bench_command,
-    probe_command,
-    export_command,
-    doctor_command,
-):
-    command.callback = prints_elsewhere()(command.callback)  # type: ignore[type-var]
-    cli.add_command(command)
 
 
 def main() -> None:

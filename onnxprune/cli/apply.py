@@ -13,7 +13,7 @@ from onnxprune.cli.output import print_json
 from onnxprune.cli.prune import show_result
 
 
-@click.command("apply", short_help="Repeat a plan on a model of the same architecture.")
+@click.command("apply")
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The pruned model.")

@@ -26,7 +26,7 @@ from onnxprune.cli.output import PlainTable, print_json, say, show
 from onnxprune.errors import UsageError
 
 
-@click.command("bench", short_help="Time models against each other.")
+@click.command("bench")
 @click.argument("models", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--ep", multiple=True, default=("cpu",), metavar="NAME", help="Execution providers; repeatable.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of onnxruntime.")

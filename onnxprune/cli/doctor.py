@@ -14,7 +14,7 @@ from onnxprune.running.report import versions
 from onnxprune.training import find_runtime, install_runtime, supported
 
 
-@click.command("doctor", short_help="What this environment can do.")
+@click.command("doctor")
 @click.option(
     "--install-training", is_flag=False, flag_value="", metavar="[WHEEL]",
     help="Install the training runtime now, from a wheel file or through pip.",

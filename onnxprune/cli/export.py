@@ -15,7 +15,7 @@ from onnxprune.exporting.quantise import NUMBERS, ORT, Numbers, as_ort, quantise
 from onnxprune.graph.model import check_outputs, open_model, save_model
 
 
-@click.command("export", short_help="Smaller numbers, or the .ort format.")
+@click.command("export")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="An .onnx or .ort file.")
 @click.option(

@@ -15,7 +15,7 @@ from onnxprune.cli.output import PlainTable, print_json, say, show
 HALF = 0.5
 
 
-@click.command("inspect", short_help="What can be pruned, and why the rest can't.")
+@click.command("inspect")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--granularity",

@@ -10,7 +10,7 @@ from onnxprune.cli.options import with_json
 from onnxprune.cli.output import PlainTable, print_json, say, show
 
 
-@click.command("probe", short_help="Measure what widths cost on this machine.")
+@click.command("probe")
 @click.option("--ep", default="cpu", metavar="NAME", help="Execution provider.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of onnxruntime.")
 @click.option("--fresh", is_flag=True, help="Measure again, whatever the cache holds.")

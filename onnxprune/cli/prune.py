@@ -10,11 +10,12 @@ from rich.table import Table
 
 from onnxprune.api import PruneResult, prune
 from onnxprune.cli.options import KEEP_OPTION, KINDS_OPTION, LAYERS_OPTION, PROTECT_OPTION, ROUND_TO, with_json
-from onnxprune.cli.output import PlainTable, print_json, say, share, show
+from onnxprune.cli.output import PlainTable, print_json, say, show
+from onnxprune.cli.tables import share
 from onnxprune.scoring.score import CRITERIA, SCOPES
 
 
-@click.command("prune", short_help="One cut by weights, without data.")
+@click.command("prune")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The pruned model.")
 @click.option(

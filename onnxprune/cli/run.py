@@ -21,7 +21,8 @@ from onnxprune.cli.options import (
     options,
     with_json,
 )
-from onnxprune.cli.output import TerminalListener, print_json, report_tables, say, show
+from onnxprune.cli.output import TerminalListener, print_json, say, show
+from onnxprune.cli.tables import report_tables
 from onnxprune.errors import UsageError
 from onnxprune.evaluating.metrics import NAMES
 from onnxprune.exporting.quantise import NUMBERS
@@ -87,9 +88,10 @@ RUN_OPTIONS = [
     ),
     click.option(
         "--scope",
-        type=click.Choice([*SCOPES, "auto"]),
+        type=click.Choice([*SCOPES, "priced", "auto"]),
         default="auto",
-        help="What units are compared with; auto is global, gradual or priced: what has the lowest loss after repair.",
+        help="What units are compared with; priced: by cuts of each group and layer that are measured. "
+        "auto is gradual or priced: what has the lowest loss after repair.",
     ),
     click.option(
         "--granularity",
@@ -236,7 +238,7 @@ TRAINING_OPTIONS = [
 ]
 
 
-@click.command("run", short_help="Prune, repair, fine-tune, check and benchmark.")
+@click.command("run")
 @click.argument("model", type=click.Path(path_type=Path), required=False)
 @options(RUN_OPTIONS + TRAINING_OPTIONS + IMAGE_OPTIONS)
 @with_json
@@ -295,14 +297,16 @@ def conclusion(report: Report) -> str:
 
 
 def reached(report: Report) -> str:
-    """What was asked and what was reached, in words."""
+    """What was asked and not reached, in words."""
     parts = [
         f"{name} {100 * entry['reached']:.1f} % (asked {100 * entry['asked']:.1f} %)"
         for name, entry in report.target["resources"].items()
+        if not entry["met"]
     ]
     if report.target["max_drop"] is not None and report.target["drop"] is not None:
         drop, allowed = report.target["drop"], report.target["max_drop"]
-        parts.append(f"drop {drop:.{decimals(drop, allowed)}f} (allowed {allowed:g})")
+        if drop > allowed:
+            parts.append(f"drop {drop:.{decimals(drop, allowed)}f} (allowed {allowed:g})")
     if report.pruned.macs == report.baseline.macs:
         parts.append("no cut was accepted")
     if report.target["slower"]:

@@ -18,7 +18,7 @@ from onnxprune.graph.model import check_outputs
 from onnxprune.scoring.score import CRITERIA
 
 
-@click.command("sensitivity", short_help="How much each group matters, measured.")
+@click.command("sensitivity")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--data",

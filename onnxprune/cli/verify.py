@@ -11,7 +11,7 @@ from onnxprune.cli.options import with_json
 from onnxprune.cli.output import print_json, say
 
 
-@click.command("verify", short_help="Compare a pruned model with its masked baseline.")
+@click.command("verify")
 @click.argument("baseline", type=click.Path(path_type=Path))
 @click.argument("pruned", type=click.Path(path_type=Path))
 @click.argument("plan", type=click.Path(path_type=Path))

@@ -26,6 +26,7 @@ from onnxprune.graph.shapes import (
     replace_node,
     schemes_to_try,
 )
+from onnxprune.graph.threads import session_options
 
 Array = NDArray[Any]
 Batch = Mapping[str, Array]
@@ -34,18 +35,9 @@ RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLik
 TOLERANCE, HALVES, STEPS = 1e-4, 1e-2, 3e-2
 
 
-def session_options(threads: int | None) -> SessionOptions:
-    """Options for a session with this many threads (None: onnxruntime's choice)."""
-    options = SessionOptions()
-    if threads is not None:
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-    return options
-
-
 def unoptimised() -> SessionOptions:
     """Options for a session that computes what the graph says, operator by operator."""
-    options = SessionOptions()
+    options = session_options()
     options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False  # what isn't fused needs a lot of memory: it goes back at once
     options.enable_mem_pattern = False

@@ -10,7 +10,6 @@ from typing import cast
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxsim
 from onnx_ir.passes import common
 
 from onnxprune.evaluating.data import random_inputs
@@ -32,6 +31,8 @@ PADS_APART = "onnxprune.pads_apart"  # in a model's metadata: what finalise does
 
 def finalise(model: ir.Model) -> ir.Model:
     """The model simplified for delivery, or as it is where that would change what it computes."""
+    import onnxsim  # takes a second to load
+
     try:
         with native_output_hidden():
             proto, _ = onnxsim.simplify(onnx.load_from_string(to_bytes(model)), skipped_optimizers=KEEP)

@@ -13,14 +13,13 @@ from typing import Any, Literal
 import onnx
 import onnx_ir as ir
 import onnxruntime
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.evaluating.data import Dataset, batches, fixed_batch
-from onnxprune.evaluating.evaluate import session_options
 from onnxprune.exporting.finalise import finalise
 from onnxprune.graph.files import replacing
 from onnxprune.graph.model import open_model, save_model
+from onnxprune.graph.threads import session_options
 
 Numbers = Literal["int8", "dynamic", "fp16"]
 NUMBERS: tuple[Numbers, ...] = ("int8", "dynamic", "fp16")
@@ -38,6 +37,8 @@ def quantise(model: Path, output: Path, numbers: Numbers, data: Dataset | None =
     """
     if numbers == "int8" and data is None:
         raise UsageError("--quantize int8 takes ranges from data: give --data, or use --quantize dynamic")
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+
     with tempfile.TemporaryDirectory() as folder:
         whole, place = Path(folder) / "whole.onnx", Path(folder) / "quantised.onnx"
         save_model(finalise(open_model(model)), whole)  # folded: what isn't an initializer isn't quantised
@@ -61,8 +62,8 @@ def quantise(model: Path, output: Path, numbers: Numbers, data: Dataset | None =
             raise ModelError(f"{model}: can't be made {numbers}: {str(error).splitlines()[0]}") from error
 
 
-class _Reader(CalibrationDataReader):
-    """Batches of the first samples."""
+class _Reader:
+    """Batches of the first samples, as onnxruntime's CalibrationDataReader gives them."""
 
     def __init__(self, model: Path, data: Dataset) -> None:
         size = fixed_batch(open_model(model)) or BATCH

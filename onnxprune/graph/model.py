@@ -26,6 +26,7 @@ from onnxruntime import InferenceSession, OrtValue, SessionOptions
 
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.graph.files import check_writable, replacing
+from onnxprune.graph.threads import session_options
 
 INLINE = 1.9 * 2**30  # bytes of weights; protobuf can't serialise a message of 2 GiB
 SMALL = 1024  # bytes of an initializer that stays in a skeleton: sizes, axes, and what the opset converter reads
@@ -315,7 +316,7 @@ def open_session(
     Raises `ModelError` with onnxruntime's reason when it refuses the model, and `UsageError` when the provider can't be
     loaded, where onnxruntime alone would run everything on the CPU.
     """
-    options = options or SessionOptions()
+    options = options or session_options()
     options.log_severity_level = 4
     source: str | bytes
     if isinstance(model, str):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from onnxprune.cutting.plan import Plan
 from onnxprune.errors import ModelError
 from onnxprune.evaluating.data import Dataset, batches, fixed_batch
-from onnxprune.evaluating.evaluate import Batch, run_session, session_options
+from onnxprune.evaluating.evaluate import Batch, run_session
 from onnxprune.graph.floats import Twin, in_floats
 from onnxprune.graph.model import constant, open_session
+from onnxprune.graph.threads import session_options
 from onnxprune.labels.flow import operator_name
 from onnxprune.labels.recurrent import GATES
 from onnxprune.labels.units import weight_matrix
@@ -233,19 +234,21 @@ def reconstruct(
     memory: int | None = None,
     note: Callable[[str], None] = lambda text: None,
     share: float = 1.0,
+    reading: Collection[str] | None = None,
 ) -> list[Repaired]:
     """Fits every layer of a cut model that can be, in place; returns what became of each.
 
     `plan` says what the model lost of `baseline`, whose value names it has. `memory` bounds, in bytes, what is held
     beside the models and the runtime's own: fewer samples and positions, and layers whose Gram matrix would be too
     large are fitted to a part of their inputs after the other; `note` is told of those. Each layer is fitted on up to
-    512 samples and 16,384 positions, or a `share` of both. A fit that fails leaves its layer as it was, with the
-    reason.
+    512 samples and 16,384 positions, or a `share` of both. With `reading` only those are that read these values first,
+    before any other layer: what a small cut needs, and soon done. A fit that fails leaves its layer as it was, with
+    the reason.
     """
     memory = memory or MEMORY
     twin, whole = in_floats(model), in_floats(baseline).model
     found = find_layers(twin.model, whole, plan)
-    layers = found.layers
+    layers = found.layers if reading is None else _first_readers(twin.model, found.layers, reading)
     if not layers or len(data) < (fixed_batch(model) or 1):
         return found.refused
     feeds, wanted = _uncut_outputs(whole, layers, data, threads, (memory, share))
@@ -360,6 +363,29 @@ def find_layers(model: ir.Model, baseline: ir.Model, plan: Plan) -> Found:
         except Unfit as error:
             found.refused.append(Repaired(_name_of(node), node.op_type, None, str(error)))
     return found
+
+
+def _first_readers(model: ir.Model, layers: list[Layer], names: Collection[str]) -> list[Layer]:
+    """The layers that read values of these names, through other operators but through no other layer."""
+    fitted = {node for layer in layers for node in layer.nodes}
+    given = {*model.graph.inputs, *(value for node in model.graph for value in node.outputs)}
+    pending, seen, found = [value for value in given if value.name in names], set[ir.Value](), set[ir.Node]()
+    while pending:
+        value = pending.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        for node in value.consumers():
+            if node in fitted:
+                found.add(node)
+            else:
+                pending += node.outputs
+    return [
+        layer
+        for layer in layers
+        if found.intersection(layer.nodes)
+        or (isinstance(layer, Recurrent) and any(value.name in names for value in layer.node.outputs))
+    ]
 
 
 def _find_recurrent(node: ir.Node, baseline: ir.Model, plan: Plan, found: Found) -> None:

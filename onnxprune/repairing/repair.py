@@ -9,9 +9,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxprune.evaluating.data import Dataset, batches, fixed_batch
-from onnxprune.evaluating.evaluate import BATCH, predict, run_session, session_options
+from onnxprune.evaluating.evaluate import BATCH, predict, run_session
 from onnxprune.evaluating.metrics import fidelity
 from onnxprune.graph.model import open_session
+from onnxprune.graph.threads import session_options
 
 SAMPLES = 1024
 PROBED = 64  # samples that tell whether a repair did harm

@@ -8,8 +8,9 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxprune.evaluating.evaluate import Batch, run_session, session_options
+from onnxprune.evaluating.evaluate import Batch, run_session
 from onnxprune.graph.model import open_session
+from onnxprune.graph.threads import session_options
 
 
 class Walk:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxprune.benchmarking.bench import find_providers
-from onnxprune.benchmarking.probe import CPU, Probe, probe
+from onnxprune.benchmarking.probe import CPU, REFERENCE, Probe, probe
 from onnxprune.choosing.select import Rounding
 from onnxprune.choosing.sensitivity import load_sensitivity
 from onnxprune.cutting.plan import Plan, Reordering
@@ -23,8 +23,8 @@ from onnxprune.progress import Listener
 from onnxprune.repairing.reconstruct import Repaired, reconstruct
 from onnxprune.repairing.repair import reestimate_batch_norm, undo_if_worse
 from onnxprune.running.options import RESOURCES, Allowance, RunOptions
-from onnxprune.scoring.cost import Alive, Cost
-from onnxprune.scoring.score import Origin, origin_of, prices_of
+from onnxprune.scoring.cost import Alive, Cost, Spending
+from onnxprune.scoring.score import Origin, origin_of
 from onnxprune.training.client import BATCH, choose_augmentation
 from onnxprune.training.runtime import Trainer, has_cuda
 
@@ -32,6 +32,7 @@ WITHOUT_DATA = 0.75  # share of the MACs to keep when nothing can be measured
 ROUNDS = 6  # when not given, for runs that an allowed drop alone ends
 STEPS_A_ROUND = 1000  # fine-tuning steps that epochs are chosen for when they aren't given
 ENDLESS = 10_000  # epochs, where time decides
+TRIED_ON = 0.25  # of the samples and positions that repair takes, for cuts that are only tried
 WORTH_A_GPU = 3e8  # MACs of a step's forward pass; below that launching operators takes longer than the CPU does
 
 Proposal = dict[str, Any]
@@ -101,10 +102,10 @@ class Context:
 
     @cached_property
     def layers(self) -> int | Literal["auto"]:
-        """How many layers are dropped; as many as pay where time counts, of which they save most."""
+        """How many layers may be dropped; as many as pay where there is data to tell."""
         if self.options.layers is not None:
             return self.options.layers
-        return "auto" if self.options.target_latency is not None and self.calibration is not None else 0
+        return "auto" if self.judge.measured and self.options.scope in ("auto", "priced") else 0
 
     @cached_property
     def epochs(self) -> int:
@@ -139,19 +140,16 @@ class Context:
     @cached_property
     def origin(self) -> Origin:
         """What the groups of the uncut model are like: scores of later rounds are relative to it."""
-        return self._with_prior(origin_of(self.units, self.target))
-
-    @cached_property
-    def prices(self) -> Origin:
-        """The same for scope "priced": weighed by what is asked for."""
-        return self._with_prior(prices_of(self.units, tuple(self.targets or ("macs",)), self.target))
-
-    def _with_prior(self, origin: Origin) -> Origin:
-        """What was measured of each group before counts too, if it is given."""
+        origin = origin_of(self.units, self.target)
         if self.options.prior is None:
             return origin
         factors = load_sensitivity(Path(self.options.prior)).factors(self.units, self.options.seed)
         return {name: (size, factor * factors.get(name, 1.0)) for name, (size, factor) in origin.items()}
+
+    def spending(self, units: Units) -> Spending:
+        """What counts as cost: what has a target; where the allowed drop alone decides, time on a reference machine."""
+        resources, target = tuple(self.targets) or ("latency",), self.target or REFERENCE
+        return Spending(units, resources, target, Spending(self.units, resources, target).whole)
 
     @cached_property
     def base_costs(self) -> dict[str, int]:
@@ -184,6 +182,15 @@ class Context:
         folder.mkdir(exist_ok=True)
         return folder
 
+    @property
+    def memory(self) -> int | None:
+        """Bytes that repair may hold."""
+        return self.options.memory and self.options.memory << 20
+
+    def reference(self, state: State, step: Plan) -> tuple[ir.Model, Plan]:
+        """What a cut is repaired towards, and what it lost of that: the uncut model, or what was fine-tuned since."""
+        return (state.model, step) if state.tuned else (self.baseline, state.plan.then(step))
+
     def repair(
         self,
         model: ir.Model,
@@ -201,10 +208,9 @@ class Context:
         """
         if self.calibration is None:
             return []
-        whole, plan = (state.model, step) if state.tuned else (self.baseline, state.plan.then(step))
-        memory, before = self.options.memory and self.options.memory << 20, model.clone()
+        (whole, plan), before = self.reference(state, step), model.clone()
         threads = self.options.threads
-        done = reconstruct(model, whole, plan, self.calibration, threads, progress, memory, note, share)
+        done = reconstruct(model, whole, plan, self.calibration, threads, progress, self.memory, note, share)
         if all(each.gained is None for each in done):
             reestimate_batch_norm(model, self.calibration, self.options.threads)
         if undo_if_worse(model, before, whole, self.calibration, self.options.threads):

@@ -18,6 +18,7 @@ from onnxprune.scoring.score import CRITERIA, Scope
 from onnxprune.training.losses import Loss
 from onnxprune.training.runtime import Trainer
 
+RunScope = Literal[Scope, "priced"]
 Controller = Literal["bisect", "published"]
 Weight = tuple[str, float]
 RESOURCES = ("macs", "params", "size", "latency")
@@ -84,7 +85,7 @@ class RunOptions:
     sparsify: int = 0
     lr: float | None = None
     criterion: str = "auto"
-    scope: Scope | Literal["auto"] = "auto"
+    scope: RunScope | Literal["auto"] = "auto"
     granularity: Granularity = "auto"
     kinds: tuple[str, ...] = ()
     protect: tuple[str, ...] = ()
@@ -130,6 +131,8 @@ class RunOptions:
         for name, value in self.targets.items():
             if not 0 < value < 1:
                 raise UsageError(f"--target-{name} {value:g}: give the share that may remain, between 0 and 1")
+        if self.layers and self.scope not in ("auto", "priced"):
+            raise UsageError(f"--layers {self.layers}: layers have prices, so --scope {self.scope} can't choose them")
         if self.minutes is not None and self.epochs == 0:
             raise UsageError("--minutes are for fine-tuning, which --epochs 0 turns off: give one of them")
         criteria = (*CRITERIA, *ACTIVATION_CRITERIA, *GRADIENT_CRITERIA, "auto")

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from onnxprune.benchmarking.bench import Comparison, bench_models, find_providers, model_bytes
 from onnxprune.benchmarking.latency import time_share
+from onnxprune.choosing.layers import drop_layers
 from onnxprune.choosing.sensitivity import load_sensitivity
 from onnxprune.cutting.cut import cut
 from onnxprune.cutting.plan import Plan, load_plan
@@ -42,6 +43,7 @@ from onnxprune.exporting.finalise import PADS_APART, finalise, pads_before_convo
 from onnxprune.exporting.quantise import Numbers, quantise
 from onnxprune.graph.files import memoised, sha256, write_json
 from onnxprune.graph.model import check_outputs, files_of, open_model, save_model
+from onnxprune.graph.threads import number_of_threads
 from onnxprune.labels import analyse
 from onnxprune.labels.units import Units, chosen_units, fading_parts, find_units, granularity_for, prunable
 from onnxprune.normalising.normalise import normalise
@@ -51,7 +53,7 @@ from onnxprune.running.context import Context, Proposal, Record, State, costs_of
 from onnxprune.running.options import RunOptions
 from onnxprune.running.proposals import CHECK_SECONDS, SLOWER, alive_of, propose
 from onnxprune.running.report import Quality, Report, Side, decimals, latency_sides, versions, widths
-from onnxprune.running.trials import LINED_UP_BY, contest, without_layers
+from onnxprune.running.trials import LINED_UP_BY, contest, uncut
 from onnxprune.running.workspace import Command, configuration, load_command, opened_workspace
 from onnxprune.scoring.cost import Alive
 from onnxprune.scoring.lineup import line_up
@@ -143,6 +145,8 @@ def run(
         if train is None and (made := _made_up(baseline, units, folder / "inputs.npz", options, listener, notes)):
             calibration, held = made.split(HELD_BACK, options.seed)
             judge = judge if eval_data is not None else replace(judge, evaluation=held)
+        if options.layers and calibration is None:
+            raise UsageError("--layers: what they lose is measured: give --data; 'prune --layers' goes by weights")
         for note in notes:
             listener.note(note)
         return Run(
@@ -290,7 +294,7 @@ def _made_up(
     """
     macs = costs_of(units)["macs"]
     if not path.exists():
-        threads, found = options.threads or os.cpu_count() or 1, None
+        threads, found = number_of_threads(options.threads), None
         show = partial(listener.progress, "making inputs from batch-normalisation statistics")
         try:
             found = synthetic_dataset(baseline, macs, options.seed, threads, show)
@@ -322,7 +326,7 @@ class Run(Context):
         """Runs all rounds, finalises, benchmarks and reports."""
         started = time.monotonic()
         self._look_at_pads()
-        state, records, failure = without_layers(self), list[Record](), None
+        state, records, failure = uncut(self), list[Record](), None
         if self.epochs or self.options.sparsify:
             self._prepare_trainer()
         try:
@@ -335,8 +339,6 @@ class Run(Context):
                 records.append(record)
             if failure is not None and not any(record["accepted"] for record in records):
                 raise failure
-            if not any(record["accepted"] for record in records):
-                state = self._without_rounds(state)
             return self._report(state, records, started)
         except KeyboardInterrupt:
             with uninterrupted():
@@ -373,17 +375,6 @@ class Run(Context):
         if found["apart"] * SLOWER < found["fused"]:
             self.baseline.metadata_props[PADS_APART] = "1"
 
-    def _without_rounds(self, state: State) -> State:
-        """What is left where no round was accepted: the layers that were dropped first stay so if that costs no more
-        than is allowed."""
-        if not state.plan.layers or self.allowed is None:
-            return state
-        verdict = self.judge.measure(state.model)
-        if verdict.most <= self.allowed:
-            return state
-        self.note("no round was accepted, and without the layers that were dropped more is lost than allowed: all stay")
-        return State(self.baseline, Plan({}, reordered=self.moved))
-
     def _kept_of(self, state: State | None) -> str:
         """Writes what was accepted, where it is of use, and says so."""
         if state is None:
@@ -411,6 +402,8 @@ class Run(Context):
         for each in (*folder.glob("tune-*"), folder / "sparsify"):
             shutil.rmtree(each, ignore_errors=True)
         record = json.loads(done.read_text())
+        if record.get("layers"):
+            self.listener.note(f"round {number}: without the layers {', '.join(record['layers'])}")
         self.listener.note(f"round {number}: {self._said(record)}")
         if not record["accepted"]:
             return record, state
@@ -432,14 +425,17 @@ class Run(Context):
 
     def _attempt(self, number: int, folder: Path, state: State, proposal: Proposal) -> tuple[Record, State]:
         started = time.monotonic()
-        units = chosen_units(state.model, self.options.granularity, self.options.kinds, self.options.protect)
+        self.listener.stage(f"round {number}: cutting")
+        thinner, dropped = drop_layers(state.model, proposal["layers"])
+        units = chosen_units(thinner, self.options.granularity, self.options.kinds, self.options.protect)
         alive = alive_of(units, proposal)
         costs = costs_of(units, alive, self.target)
-        self.listener.stage(f"round {number}: cutting")
         if self.options.sparsify:
-            state = self._sparsified(number, folder, state, units, alive)
+            state = self._sparsified(number, folder, State(thinner, state.plan.then(dropped)), units, alive)
+            dropped = Plan({})
             units = find_units(analyse(state.model, granularity_for(self.options.granularity, self.options.kinds)))
         model, step = cut(units, alive)
+        step = dropped.then(step)
         checked = check_cut(state.model, model, step)
         said = partial(self.listener.progress, f"round {number}: repairing")
         layers = self.repair(model, state, step, said, self.note)
@@ -464,6 +460,7 @@ class Run(Context):
         record = {
             "round": number,
             "tau": proposal["tau"],
+            "layers": proposal["layers"],
             "progress": self._progress(costs, proposal),
             "out_of_reach": proposal.get("out_of_reach", False),
             "macs_share": costs["macs"] / max(self.base_costs["macs"], 1),
@@ -552,7 +549,7 @@ class Run(Context):
             stop_after=self.options.stop_after,
             freeze=self.options.freeze,
             batch_statistics=self.options.batch_statistics,
-            threads=self.options.threads or os.cpu_count() or 1,
+            threads=number_of_threads(self.options.threads),
             seed=self.options.seed + number,
         )
 
@@ -671,10 +668,11 @@ class Run(Context):
         reached = {name: cost / max(self.base_costs[name], 1) for name, cost in costs.items()}
         reached["latency"] = 1 / timed.speedup
         slower = timed.high < 1 / SLOWER and costs["macs"] < self.base_costs["macs"]
-        asked = {name: {"asked": share, "reached": reached[name]} for name, share in self.targets.items()}
-        met = all(
-            entry["reached"] <= entry["asked"] * (OVER if name == "latency" else 1) for name, entry in asked.items()
-        )
+        asked = dict[str, dict[str, Any]]()
+        for name, share in self.targets.items():
+            within = share * (OVER if name == "latency" else 1)
+            asked[name] = {"asked": share, "reached": reached[name], "met": bool(reached[name] <= within)}
+        met = all(entry["met"] for entry in asked.values())
         if self.allowed is not None:
             met = met and drop <= self.allowed + 1e-9 and (bool(asked) or costs["macs"] < self.base_costs["macs"])
         return {

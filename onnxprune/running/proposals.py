@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import takewhile
 
 import numpy as np
-from numpy.typing import NDArray
 
 from onnxprune.benchmarking.bench import find_providers
-from onnxprune.benchmarking.latency import CORRECTIONS, correct, time_share
+from onnxprune.benchmarking.latency import CORRECTIONS, SECONDS, correct, time_share
 from onnxprune.benchmarking.probe import block_size
-from onnxprune.choosing.select import Rounding, above_all, survivors, tau_for
+from onnxprune.choosing.queue import Queue
+from onnxprune.choosing.select import Rounding, above_all
 from onnxprune.choosing.threshold import (
     EVALUATIONS,
     LEAST_GAIN,
@@ -26,10 +27,11 @@ from onnxprune.choosing.threshold import (
     reach,
 )
 from onnxprune.cutting.cut import cut
+from onnxprune.cutting.plan import Plan
 from onnxprune.graph.files import memoised
 from onnxprune.labels.units import Units
 from onnxprune.running.context import ROUNDS, Context, Proposal, Record, State
-from onnxprune.running.trials import PROBE_SAMPLES, scored
+from onnxprune.running.trials import PROBE_SAMPLES, Found, cut_to, queue_of, without_layers
 from onnxprune.scoring.cost import Alive, Cost
 
 SLOWER, CHECK_SECONDS = 1.02, 0.8  # share of the uncut time that isn't chance, and how long it is measured
@@ -56,39 +58,30 @@ def propose(run: Context, state: State, records: list[Record]) -> Proposal | Non
 def _cut_to(run: Context, state: State, aim: float) -> Proposal:
     """The lowest threshold that brings every targeted resource `aim` of the way to its share."""
     run.listener.stage("choosing a threshold")
-    units, scores, rounding = scored(run, state.model)
+    queue = queue_of(run, state)
     shares = {name: target**aim for name, target in run.targets.items()}
-    measures = Cost(units, run.target).measures
 
-    def cut_to(wanted: Mapping[str, float], first: Rounding = rounding) -> Proposal | None:
-        limits = {name: share * run.base_costs[name] for name, share in wanted.items()}
+    def within(wanted: Mapping[str, float], first: Rounding = queue.rounding) -> Found | None:
         for attempt in (first, Rounding(1)):  # where whole blocks can't meet the target, ragged widths may
-            chosen = tau_for(units, scores, attempt, lambda a: all(measures[n](a) <= limits[n] for n in limits))
-            if chosen is not None:
-                return proposal_of(units, *chosen, aim)
+            if (found := cut_to(run, state, queue, wanted, attempt)) is not None:
+                return found
         return None
 
-    found = cut_to(shares) if "latency" not in shares else _cut_to_time(run, units, scores, shares, cut_to)
+    found = within(shares) if "latency" not in shares else _cut_to_time(run, queue, shares, within)
     if found is not None:
-        return found if "latency" in shares else _no_slower(run, units, found, partial(cut_to, shares))
+        return proposal_of(found if "latency" in shares else _no_slower(run, found, partial(within, shares)), aim)
     run.note("the target is out of reach: cut as far as every layer keeps one channel")
-    tau = above_all(scores)
-    narrowest = proposal_of(units, tau, survivors(units, scores, tau, Rounding(1)), 1.0)
-    return {**narrowest, "out_of_reach": True}
+    tau = above_all(queue.scores)
+    narrowest = replace(queue, rounding=Rounding(1)).survivors(tau)
+    return {**proposal_of(Found(tau, Plan({}), queue, narrowest), 1.0), "out_of_reach": True}
 
 
-def _no_slower(run: Context, units: Units, found: Proposal, cut_by: Callable[[Rounding], Proposal | None]) -> Proposal:
+def _no_slower(run: Context, found: Found, cut_by: Callable[[Rounding], Found | None]) -> Found:
     """The same cut, unless it makes the model slower here: then, of cuts in other steps of width, the fastest.
 
     What narrow widths cost hangs on kernels, sizes and machine, so it is measured.
     """
-    provider = find_providers(run.options.providers)[0]
-
-    def time_of(proposal: Proposal) -> float:
-        model = cut(units, alive_of(units, proposal))[0]
-        return time_share(run.source, model, provider, run.options.threads, run.sizes, CHECK_SECONDS)
-
-    share = time_of(found)
+    share = _time_of(run, found, CHECK_SECONDS)
     if share <= SLOWER or run.options.round_to is not None:
         return found
     block, tried = run.rounding.block or block_size(), [(share, found)]
@@ -97,8 +90,8 @@ def _no_slower(run: Context, units: Units, found: Proposal, cut_by: Callable[[Ro
             f"it would take {100 * share:.0f} % of the time: trying widths in steps of {step}", len(tried), 4
         )
         other = cut_by(Rounding(step))
-        if other is not None and other["kept"] not in [each["kept"] for _, each in tried]:
-            tried.append((time_of(other), other))
+        if other is not None and not any(_same(other, each) for _, each in tried):
+            tried.append((_time_of(run, other, CHECK_SECONDS), other))
     best = min(tried, key=lambda each: each[0])
     run.note(
         f"the usual cut would take {100 * share:.0f} % of the uncut model's time"
@@ -107,39 +100,48 @@ def _no_slower(run: Context, units: Units, found: Proposal, cut_by: Callable[[Ro
     return best[1]
 
 
+def _time_of(run: Context, found: Found, seconds: float = SECONDS) -> float:
+    """The measured time of a cut, as a share of the uncut model's."""
+    provider, model = find_providers(run.options.providers)[0], cut(found.queue.units, found.alive)[0]
+    return time_share(run.source, model, provider, run.options.threads, run.sizes, seconds)
+
+
+def _same(one: Found, other: Found) -> bool:
+    return one.dropped.layers == other.dropped.layers and np.array_equal(one.alive, other.alive)
+
+
 def _cut_to_time(
-    run: Context,
-    units: Units,
-    scores: NDArray[np.float64],
-    shares: Mapping[str, float],
-    cut_to: Callable[[Mapping[str, float]], Proposal | None],
-) -> Proposal | None:
+    run: Context, queue: Queue, shares: Mapping[str, float], within: Callable[[Mapping[str, float]], Found | None]
+) -> Found | None:
     """The cut whose measured time is nearest below its share of the uncut model's."""
-    provider, proposals = find_providers(run.options.providers)[0], dict[float, Proposal]()
-    narrowest = survivors(units, scores, above_all(scores), Rounding(1))
-    least = Cost(units, run.target).nanoseconds(narrowest) / run.base_costs["latency"]
+    tried, all_layers = dict[float, Found](), queue.layers_under(math.inf)
+    narrowest = replace(queue, rounding=Rounding(1)).survivors(above_all(queue.scores))
+    without = frozenset(node for each in all_layers for node in each.nodes)
+    least = Cost(queue.units, run.target).nanoseconds(narrowest, without) / run.base_costs["latency"]
 
     def cut_at(way: float) -> tuple[float, float] | None:
-        proposal = cut_to({**shares, "latency": least + way * (1 - least)})
-        if proposal is None:
+        found = within({**shares, "latency": least + way * (1 - least)})
+        if found is None:
             return None
-        alive = alive_of(units, proposal)
-        share = time_share(run.source, cut(units, alive)[0], provider, run.options.threads, run.sizes)
-        run.listener.progress(f"measuring a cut: {100 * share:.1f} % of the time", len(proposals) + 1, CORRECTIONS)
-        proposals[proposal["tau"]] = proposal
-        return proposal["tau"], share
+        share = _time_of(run, found)
+        run.listener.progress(f"measuring a cut: {100 * share:.1f} % of the time", len(tried) + 1, CORRECTIONS)
+        tried[share] = found
+        return found.tau, share
 
     chosen = correct(shares["latency"], cut_at)
-    return None if chosen is None else {**proposals[chosen[0]], "latency": chosen[1]}
+    return None if chosen is None else tried[chosen[1]]
 
 
-def proposal_of(units: Units, tau: float, alive: Alive, progress: float | None = None) -> Proposal:
-    """A cut as it is recorded: the threshold, and the units of each group that stay, by their place in it.
+def proposal_of(found: Found, progress: float | None = None) -> Proposal:
+    """A cut as it is recorded: the threshold, the layers that go, and the units of each group that stay.
 
-    What was measured is what is cut: a threshold alone would choose again.
+    Units are told by their place in their group. What was measured is what is cut: a threshold alone would choose
+    again.
     """
-    kept = {group.name: np.flatnonzero(alive[group.units]).tolist() for group in units.groups}
-    return {"tau": tau, "kept": kept} | ({} if progress is None else {"progress": progress})
+    groups, alive = found.queue.units.groups, found.alive
+    kept = {group.name: np.flatnonzero(alive[group.units]).tolist() for group in groups}
+    layers = [name for name, _ in found.dropped.layers]
+    return {"tau": found.tau, "layers": layers, "kept": kept} | ({} if progress is None else {"progress": progress})
 
 
 def alive_of(units: Units, proposal: Proposal) -> Alive:
@@ -157,40 +159,50 @@ def _cut_within(run: Context, state: State, records: list[Record]) -> Proposal:
     It goes at most half of the way, by the logarithm of the MACs, to a cut of the same model that was rolled back, or
     where nothing lies in between as little further as can be.
     """
-    units, scores, rounding = scored(run, state.model)
+    queue, way = queue_of(run, state), dict[tuple[str, ...], tuple[Plan, Queue]]()
     history, allowed = [outcome_of(record) for record in records], run.allowed or 0.0
+
+    def found_at(tau: float) -> Found:
+        names = tuple(each.layer.name for each in queue.layers_under(tau))
+        if names not in way:
+            way[names] = without_layers(run, state, queue, tau)
+        dropped, rest = way[names]
+        return Found(tau, dropped, rest, rest.survivors(tau))
+
+    def macs(found: Found) -> int:
+        return Cost(found.queue.units).macs(found.alive)
+
     if run.options.controller == "published":
         last = history[-1] if history else None
-        moved = initial_tau(scores, run.options.initial_tau) if last is None else _moved(run, last)
+        moved = initial_tau(queue.scores, run.options.initial_tau) if last is None else _moved(run, last)
         moved *= 0.5 ** sum(not o.accepted for o in history)
-        return proposal_of(units, moved, survivors(units, scores, moved, rounding))
+        return proposal_of(found_at(moved))
     tried = 0
 
     def drop_at(tau: float) -> float:
         nonlocal tried
         tried += 1
         run.listener.progress("choosing a threshold", tried, EVALUATIONS)
-        alive = survivors(units, scores, tau, rounding)
-        if macs(alive) < fewest:
+        found = found_at(tau)
+        if macs(found) < fewest:
             return float("inf")
-        model, step = cut(units, alive)
-        run.repair(model, state, step)
+        model, step = cut(found.queue.units, found.alive)
+        run.repair(model, state, found.dropped.then(step))
         verdict = run.judge.measure(model, PROBE_SAMPLES)
         return verdict.drop if tuned else verdict.most  # of luck the round decides, once it is tuned
 
     ending = len(history) + 1 >= (run.options.rounds or ROUNDS) or len(history) >= PATIENCE
     tuned = run.epochs > 0 and not (ending and not any(outcome.accepted for outcome in history))
-    macs = Cost(units).macs
-    whole = macs(np.ones(units.count, bool))
+    whole = Cost(queue.units).macs(np.ones(queue.units.count, bool))
     most, failed = whole * (1 - LEAST_GAIN), _rolled_back(run, records)
     fewest = math.sqrt(whole * failed)
-    tau = bisect_tau(scores, drop_at, reach(history, allowed, tuned))
-    if tau is not None and macs(alive := survivors(units, scores, tau, rounding)) <= most:
-        return proposal_of(units, tau, alive)
+    tau = bisect_tau(queue.candidates, drop_at, reach(history, allowed, tuned))
+    if tau is not None and macs(found := found_at(tau)) <= most:
+        return proposal_of(found)
     if tuned:  # fine-tuning may win back even more: the least cut that is worth a round is tried
-        least = tau_for(units, scores, rounding, lambda alive: macs(alive) <= most)
-        if least and macs(least[1]) > failed:
-            return proposal_of(units, *least)
+        least = cut_to(run, state, queue, {"macs": most / run.base_costs["macs"]}, queue.rounding)
+        if least and macs(least) > failed:
+            return proposal_of(least)
     return {"tau": None}
 
 

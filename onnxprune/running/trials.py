@@ -2,144 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Final
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxprune.benchmarking.bench import find_providers
-from onnxprune.benchmarking.latency import NEAR, time_share
-from onnxprune.choosing.layers import Layer, choose_layers, drop_layers, free_layers, influence_scores, weight_scores
+from onnxprune.choosing.layers import drop_layers, free_layers
+from onnxprune.choosing.queue import Queue, priced_layers
 from onnxprune.choosing.select import Rounding, bounded, tau_for
 from onnxprune.cutting.cut import cut
 from onnxprune.cutting.plan import Plan
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.graph.files import memoised
-from onnxprune.labels import analyse
-from onnxprune.labels.units import Units, chosen_units, find_units
-from onnxprune.running.context import Context, State, costs_of
+from onnxprune.labels.units import Units, chosen_units
+from onnxprune.running.context import TRIED_ON, Context, State
+from onnxprune.running.options import RunScope
+from onnxprune.running.pricing import losses_of_groups, losses_of_layers
 from onnxprune.scoring.activations import ACTIVATION_CRITERIA
-from onnxprune.scoring.cost import Cost
+from onnxprune.scoring.cost import Alive, Cost
 from onnxprune.scoring.gradients import GRADIENT_CRITERIA
-from onnxprune.scoring.score import Scope, normalise_scores, score_units
+from onnxprune.scoring.prices import unit_losses, unit_prices
+from onnxprune.scoring.score import normalise_scores, score_units
 
 DATA_CRITERIA = {**ACTIVATION_CRITERIA, **GRADIENT_CRITERIA}
 AUTO: Final = "auto"
 LINED_UP_BY = "l2"  # rows are sorted before the contest, by one criterion
-BETWEEN = ", "  # the criterion and the scope, in the name of a way to score
+BETWEEN = ", "  # between the parts of the name of a way to choose
 CONTESTANTS = ("obs", "flap", "l2")
-AUTO_SCOPES: Final[tuple[Scope, ...]] = ("global", "gradual", "priced")
 FIRST_SCOPE: Final = "gradual"  # in which criteria are compared
+UNMEASURED: Final = "global"  # the scope where nothing can be measured
 TRIED_AT = {"macs": 0.5}  # where an allowed drop alone decides
 PROBE_SAMPLES = 1024
-TRIED_ON = 0.25  # of the samples and positions that repair takes: enough to tell ways apart
 LOW_FIDELITY = 0.5  # share of the spread that is lost, from which made-up inputs tell nothing
+ALIKE = 6  # decimals to which losses are told apart
 UNKNOWN = 1e30  # a loss that JSON can hold
 
 
-Way = tuple[str, Scope]  # how units are scored: by a criterion, and in what scope they are compared
+@dataclass(frozen=True)
+class Way:
+    """How what goes is chosen: units are scored by a criterion, compared in a scope, and layers go with them or not."""
+
+    criterion: str
+    scope: RunScope
+    layers: bool = False
+
+    def __str__(self) -> str:
+        return BETWEEN.join((self.criterion, self.scope, *(["with layers"] if self.layers else [])))
 
 
 def chosen_way(run: Context) -> Way:
-    """How units are scored: as named, or the winner of the contest."""
-    losses, (criteria, scopes) = contest(run), _left_open(run)
+    """How what goes is chosen: as named, or the winner of the contest."""
+    losses, ways = contest(run), _ways(run)
     if not losses:
-        return criteria[0], scopes[0]
-    winner = min(losses, key=losses.__getitem__)
-    return next(way for way in product(criteria, scopes) if BETWEEN.join(way) == winner)
+        return ways[0]
+    tried = [way for way in ways if str(way) in losses]
+    return min(tried, key=lambda way: (round(losses[str(way)], ALIKE), not way.layers))  # fewer operators run faster
 
 
-def _left_open(run: Context) -> tuple[tuple[str, ...], tuple[Scope, ...]]:
-    """The criteria and the scopes among which the options leave the choice; one scope where nothing can be fitted.
-
-    Without data, weights alone tell.
-    """
+def _ways(run: Context) -> list[Way]:
+    """What the options leave the choice between. Without data weights alone tell."""
     options = run.options
     criteria: tuple[str, ...] = (options.criterion,)
     if options.criterion == AUTO:
         criteria = CONTESTANTS if run.train is not None else (LINED_UP_BY,)
-    if options.scope != AUTO:
-        return criteria, (options.scope,)
-    return criteria, AUTO_SCOPES if run.calibration is not None else AUTO_SCOPES[:1]
+    scopes: tuple[RunScope, ...] = (UNMEASURED,) if run.calibration is None else (FIRST_SCOPE, "priced")
+    scopes = scopes if options.scope == AUTO else (options.scope,)
+    layers = (False, True) if run.layers else (False,)
+    return [Way(*each) for each in product(criteria, scopes, layers) if each[1] == "priced" or not each[2]]
 
 
 def contest(run: Context) -> dict[str, float]:
-    """Where the criterion or the scope is auto, the loss after the same cut each way, repaired, before fine-tuning."""
-    criteria, scopes = _left_open(run)
-    if len(criteria) == len(scopes) == 1:
+    """Where there is a choice of ways, the loss after the same cut each way, repaired, before fine-tuning."""
+    if len(_ways(run)) == 1:
         return {}
     found: dict[str, float] = memoised(run.folder / "contest.json", partial(_hold_contest, run))
     return found
 
 
-def without_layers(run: Context) -> State:
-    """What the first round starts from: the baseline, without the layers that matter least."""
-    wanted = run.layers
-    if not wanted:
-        return _dropping(run, [])
-    layers = free_layers(run.baseline, run.options.protect)
-    if wanted == "auto" and not layers:
-        return _dropping(run, [])
-    if run.calibration is None:
-        chosen = choose_layers(layers, weight_scores(run.baseline, layers), None if wanted == "auto" else wanted)
-    else:
-        scores = influence_scores(run.baseline, layers, run.calibration, run.options.threads)
-        if wanted == "auto":
-            wanted = _how_many(run, layers, scores)
-        chosen = choose_layers(layers, scores, wanted)
-    run.note(f"layers dropped: {', '.join(layer.name for layer in chosen) or 'none'}")
-    return _dropping(run, chosen)
-
-
-def _dropping(run: Context, layers: list[Layer]) -> State:
-    start = Plan({}, reordered=run.moved)
-    if not layers:
-        return State(run.baseline, start)
-    model, dropped = drop_layers(run.baseline, [layer.name for layer in layers])
-    return State(model, start.then(dropped))
-
-
-def _how_many(run: Context, layers: list[Layer], scores: list[float]) -> int:
-    """How many layers to drop so that with widths cut to the same target the loss is lowest: 0, 1, 2, 4, 8 …"""
-
-    def search() -> dict[str, float]:
-        counts = [0] + [2**power for power in range(len(layers).bit_length()) if 2**power <= len(layers)]
-        losses = dict[str, float]()
-        for number, count in enumerate(counts):
-            run.listener.progress(f"trying without {count} layers", number + 1, len(counts))
-            without = _dropping(run, choose_layers(layers, scores, count))
-            over = count > 0 and _overshoots(run, without)
-            if over and min(losses.values()) < UNKNOWN:
-                break  # more would only go further than was asked
-            losses[str(count)] = _trial(run, without, (LINED_UP_BY, AUTO_SCOPES[0]))
-            if over:
-                break
-        return losses
-
-    losses: dict[str, float] = memoised(run.folder / "layers.json", search)
-    run.note(f"layers to drop, by loss: {ranked(losses)}")
-    if _tells_nothing(run, losses):
-        run.note("on inputs that were made up none of these cuts keeps half of what is measured: as few as can be go")
-        return min(int(count) for count, loss in losses.items() if loss < UNKNOWN or min(losses.values()) >= UNKNOWN)
-    return int(min(losses, key=losses.__getitem__))
-
-
-def _overshoots(run: Context, state: State) -> bool:
-    """Whether a model meets all targets before any width is cut; time is measured, not estimated."""
-    reached = costs_of(find_units(analyse(state.model)), target=run.target)
-    for name, share in (run.targets or TRIED_AT).items():
-        if name == "latency":
-            provider = find_providers(run.options.providers)[0]
-            left = time_share(run.source, state.model, provider, run.options.threads, run.sizes)
-        else:
-            left = reached[name] / max(run.base_costs[name], 1)
-        if left > share * NEAR:
-            return False
-    return True
+def uncut(run: Context) -> State:
+    """What the first round starts from."""
+    return State(run.baseline, Plan({}, reordered=run.moved))
 
 
 def _tells_nothing(run: Context, losses: Mapping[str, float]) -> bool:
@@ -148,52 +94,103 @@ def _tells_nothing(run: Context, losses: Mapping[str, float]) -> bool:
 
 
 def _hold_contest(run: Context) -> dict[str, float]:
-    """Of the criteria in one scope, then of the scopes with the best of them."""
-    (criteria, scopes), losses = _left_open(run), dict[str, float]()
-    first: Scope = FIRST_SCOPE if FIRST_SCOPE in scopes else scopes[0]
+    """Of the criteria in one scope, then of the other ways with the best of them."""
+    ways, losses = _ways(run), dict[str, float]()
+    first = [way for way in ways if way.scope == ways[0].scope and not way.layers]
+    rest = len(ways) // len(first) - 1
 
-    def hold(ways: Iterable[Way]) -> None:
-        for way in ways:
-            name = BETWEEN.join(way)
-            run.listener.progress(f"trying {name}", len(losses) + 1, len(criteria) + len(scopes) - 1)
-            losses[name] = _trial(run, _dropping(run, []), way)
+    def hold(some: Iterable[Way]) -> None:
+        for way in some:
+            run.listener.progress(f"trying {way}", len(losses) + 1, len(first) + rest)
+            losses[str(way)] = _trial(run, way)
 
-    hold((criterion, first) for criterion in criteria)
-    best = min(criteria, key=lambda criterion: losses[BETWEEN.join((criterion, first))])
-    hold((best, scope) for scope in scopes if scope != first)
-    losses = {name: loss for name, loss in losses.items() if loss < UNKNOWN} or {
-        BETWEEN.join((best, scopes[0])): UNKNOWN
-    }
+    hold(first)
+    best = min(first, key=lambda way: losses[str(way)])
+    hold(way for way in ways if way.criterion == best.criterion and way not in first)
+    losses = {name: loss for name, loss in losses.items() if loss < UNKNOWN} or {str(best): UNKNOWN}
     run.note(f"ways to choose by loss: {ranked(losses)}")
-    usual = BETWEEN.join((criteria[0], scopes[0]))  # without data the only criterion
+    usual = str(ways[0])  # without data the only criterion
     return {usual: losses[usual]} if usual in losses and _tells_nothing(run, losses) else losses
 
 
-def _trial(run: Context, state: State, way: Way) -> float:
+def _trial(run: Context, way: Way) -> float:
     """The loss after a cut to the targets, or to half of the MACs, and repair; `UNKNOWN` if it can't be made."""
+    state = uncut(run)
     try:
-        units, scores, rounding = scored(run, state.model, way)
+        queue = queue_of(run, state, way)
     except ModelError:
         return UNKNOWN  # it needs what the model hasn't
-    measures = Cost(units, run.target).measures
-    limits = {name: share * run.base_costs[name] for name, share in (run.targets or TRIED_AT).items()}
-    chosen = tau_for(units, scores, rounding, lambda a: all(measures[n](a) <= limit for n, limit in limits.items()))
-    if chosen is None:
+    found = cut_to(run, state, queue, run.targets or TRIED_AT, queue.rounding, way)
+    if found is None:
         return UNKNOWN
-    model, step = cut(units, chosen[1])
-    run.repair(model, state, step, share=TRIED_ON)
+    model, step = cut(found.queue.units, found.alive)
+    run.repair(model, state, found.dropped.then(step), share=TRIED_ON)
     return run.judge.measure(model, PROBE_SAMPLES).loss
 
 
-def scored(run: Context, model: ir.Model, way: Way | None = None) -> tuple[Units, NDArray[np.float64], Rounding]:
-    """A model's units, their scores as the run does or in another way, and how widths are rounded."""
-    options = run.options
-    units = chosen_units(model, options.granularity, options.kinds, options.protect)
-    criterion, scope = way or chosen_way(run)
-    origin = run.prices if scope == "priced" else run.origin
-    scores = normalise_scores(units, _raw_scores(run, units, criterion), scope, origin)
+@dataclass(frozen=True)
+class Found:
+    """A cut that was chosen: layers that go first, then what stays of the units of the rest."""
+
+    tau: float
+    dropped: Plan
+    queue: Queue
+    alive: Alive
+
+
+def cut_to(
+    run: Context, state: State, queue: Queue, shares: Mapping[str, float], rounding: Rounding, way: Way | None = None
+) -> Found | None:
+    """The lowest threshold under which no resource is more than its share of the uncut model's; None where none is."""
+    limits = {name: share * run.base_costs[name] for name, share in shares.items()}
+    queue = replace(queue, rounding=rounding)
+    measures, dropped = Cost(queue.units, run.target).measures, Plan({})
+    if queue.layers:
+        tau = queue.tau_within(lambda alive, without: all(measures[n](alive, without) <= limits[n] for n in limits))
+        if tau is None:
+            return None
+        dropped, queue = without_layers(run, state, queue, tau, way)
+        measures = Cost(queue.units, run.target).measures
+    scores, units = queue.scores, queue.units
+    chosen = tau_for(units, scores, rounding, lambda alive: all(measures[n](alive) <= limits[n] for n in limits))
+    return None if chosen is None else Found(chosen[0], dropped, queue, chosen[1])
+
+
+def without_layers(run: Context, state: State, queue: Queue, tau: float, way: Way | None = None) -> tuple[Plan, Queue]:
+    """The layers whose price is under a threshold as a plan, and the queue of the model without them."""
+    gone = queue.layers_under(tau)
+    if not gone:
+        return Plan({}), replace(queue, layers=())
+    model, dropped = drop_layers(state.model, [each.layer.name for each in gone])
+    thinner = State(model, state.plan.then(dropped), state.tuned)
+    return dropped, replace(queue_of(run, thinner, way, queue.curves), rounding=queue.rounding)
+
+
+def queue_of(
+    run: Context, state: State, way: Way | None = None, known: Mapping[str, Sequence[float]] | None = None
+) -> Queue:
+    """What may go of a model, in the order in which the run takes it, or another way would.
+
+    Where layers of it have just been dropped what was `known` of its groups isn't measured again, and no more layers
+    go.
+    """
+    options, way = run.options, way or chosen_way(run)
+    units = chosen_units(state.model, options.granularity, options.kinds, options.protect)
+    raw = _raw_scores(run, units, way.criterion)
     sizes = {name: size for name, (size, _) in run.origin.items()}
-    return units, bounded(units, scores, options.keep, sizes), run.rounding
+    if way.scope != "priced":
+        scores = normalise_scores(units, raw, way.scope, run.origin)
+        return Queue(units, bounded(units, scores, options.keep, sizes), run.rounding)
+    layers = free_layers(state.model, options.protect) if way.layers and known is None else []
+    new = tuple(group for group in units.groups if group.name not in (known or {}))
+    curves = {**(known or {}), **losses_of_groups(run, state, replace(units, groups=new), raw)}
+    spending = run.spending(units)
+    losses = unit_losses(units, raw, curves)
+    scores = bounded(units, unit_prices(units, losses, spending), options.keep, sizes)
+    priced = priced_layers(units, layers, losses_of_layers(run, state, layers) if layers else {})
+    gone = len(state.plan.layers)
+    most = len(layers) if run.layers == "auto" else max(0, int(run.layers) - gone)
+    return Queue(units, scores, run.rounding, losses, priced, spending, most, curves)
 
 
 def _raw_scores(run: Context, units: Units, criterion: str) -> NDArray[np.float64]:

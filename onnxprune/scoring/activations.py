@@ -10,8 +10,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxprune.evaluating.data import Dataset, batches, fixed_batch
-from onnxprune.evaluating.evaluate import run_session, session_options
+from onnxprune.evaluating.evaluate import run_session
 from onnxprune.graph.model import open_session
+from onnxprune.graph.threads import session_options
 from onnxprune.labels.flow import operator_name
 from onnxprune.labels.recurrent import GATES
 from onnxprune.labels.units import Units, weight_matrix

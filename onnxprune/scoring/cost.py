@@ -8,7 +8,8 @@ Adds, normalisations and activations don't count; two walks over the same shapes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
 
 import numpy as np
@@ -23,6 +24,9 @@ from onnxprune.labels.recurrent import GATES
 from onnxprune.labels.units import Units, is_parameter
 
 Alive = NDArray[np.bool_]
+Nodes = AbstractSet[ir.Node]
+Measure = Callable[..., int]  # of what survives, and of nodes that are left out
+NO_NODES: Nodes = frozenset()
 Size = Callable[[ir.Value], tuple[int, ...] | None]
 
 
@@ -110,7 +114,8 @@ def _stepped(width: int, step: int) -> int:
 class Cost:
     """What a model costs when only some components survive, without cutting it.
 
-    With a `target` its time there is a cost too.
+    With a `target` its time there is a cost too. Nodes that are left out, `without`, cost nothing, nor do initializers
+    that only they read.
     """
 
     def __init__(self, units: Units, target: Probe | None = None) -> None:
@@ -130,22 +135,22 @@ class Cost:
             self._batch = next(iter(dynamic_sizes(units.model, 0).values()))
 
     @property
-    def measures(self) -> dict[str, Callable[[Alive], int]]:
+    def measures(self) -> dict[str, Measure]:
         """The costs that a target can name."""
         return {"macs": self.macs, "params": self.params, "size": self.bytes, "latency": self.nanoseconds}
 
-    def nanoseconds(self, alive: Alive) -> int:
+    def nanoseconds(self, alive: Alive, without: Nodes = NO_NODES) -> int:
         """What a run should take on the target, by its probe: products of widths rounded up to its steps, and the rest.
 
         Reading weights takes time too, most of it where they are used at few positions. An estimate whose ratios are
         better than itself; 0 without a target.
         """
-        return 0 if self._target is None else self._time(alive, self._target)
+        return 0 if self._target is None else self._time(alive, self._target, without)
 
-    def _time(self, alive: Alive, target: Probe) -> int:
+    def _time(self, alive: Alive, target: Probe, without: Nodes = NO_NODES) -> int:
         size, total = self._sizes(alive), 0.0
         rounded = {step: self._sizes(alive, step) for step in set(target.steps.values())}
-        for node in self._nodes:
+        for node in self._left(without):
             if (kind := product_kind(node, size)) is not None:
                 wide = rounded[target.steps[kind]]
                 read = sum(math.prod(wide(v) or ()) for v in node.inputs if v is not None and v.is_initializer())
@@ -156,20 +161,28 @@ class Cost:
                 total += target.overhead + math.prod(out) / target.elements / self._batch
         return round(total)
 
-    def macs(self, alive: Alive) -> int:
+    def _left(self, without: Nodes) -> list[ir.Node]:
+        return [node for node in self._nodes if node not in without] if without else self._nodes
+
+    def _held(self, without: Nodes) -> list[tuple[ir.Value, float, bool]]:
+        if not without:
+            return self._parameters
+        return [each for each in self._parameters if not (users := set(each[0].consumers())) or not users <= without]
+
+    def macs(self, alive: Alive, without: Nodes = NO_NODES) -> int:
         """Multiply-accumulates of one run at batch size 1 (or the model's own fixed batch)."""
         size = self._sizes(alive)
-        return sum(node_macs(node, size) for node in self._nodes) // self._batch
+        return sum(node_macs(node, size) for node in self._left(without)) // self._batch
 
-    def params(self, alive: Alive) -> int:
+    def params(self, alive: Alive, without: Nodes = NO_NODES) -> int:
         """Floating-point numbers and quantised weights in the initializers."""
         size = self._sizes(alive)
-        return sum(math.prod(size(value) or (0,)) for value, _, counted in self._parameters if counted)
+        return sum(math.prod(size(value) or (0,)) for value, _, counted in self._held(without) if counted)
 
-    def bytes(self, alive: Alive) -> int:
+    def bytes(self, alive: Alive, without: Nodes = NO_NODES) -> int:
         """Bytes of the initializers."""
         size = self._sizes(alive)
-        return round(sum(math.prod(size(value) or ()) * width for value, width, _ in self._parameters))
+        return round(sum(math.prod(size(value) or ()) * width for value, width, _ in self._held(without)))
 
     def of_groups(self, units: Units) -> list[float]:
         """The share of the time that goes with all but one unit of each group; of the parameters, where none goes.
@@ -203,3 +216,23 @@ class Cost:
             return known[value]
 
         return size
+
+
+class Spending:
+    """What is spent of the resources that count, as a share of what the `whole` model spends (this or the uncut)."""
+
+    def __init__(
+        self, units: Units, resources: Sequence[str], target: Probe | None, whole: Mapping[str, int] | None = None
+    ) -> None:
+        cost, everything = Cost(units, target), np.ones(units.count, bool)
+        self._measures = {name: cost.measures[name] for name in resources}
+        self.whole = whole or {name: max(measure(everything), 1) for name, measure in self._measures.items()}
+
+    def shares(self, alive: Alive, without: Nodes = NO_NODES) -> dict[str, float]:
+        """The share of each resource."""
+        return {name: measure(alive, without) / self.whole[name] for name, measure in self._measures.items()}
+
+    def __call__(self, alive: Alive, without: Nodes = NO_NODES) -> float:
+        """The mean share."""
+        found = self.shares(alive, without)
+        return sum(found.values()) / len(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,7 +18,7 @@ from onnxprune.labels.units import Group, Units, is_parameter, weight_matrix
 from onnxprune.scoring.cost import Cost
 
 Scores = NDArray[np.float64]
-Scope = Literal["global", "gradual", "priced", "layer", "isomorphic"]
+Scope = Literal["global", "gradual", "layer", "isomorphic"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 HUGE = 1e15  # numbers from here on mask something: no trained weight is so large
@@ -222,23 +222,6 @@ def origin_of(units: Units, target: Probe | None = None) -> Origin:
     }
 
 
-def prices_of(units: Units, resources: Sequence[str] = ("macs",), target: Probe | None = None) -> Origin:
-    """The same by what one unit of a group saves of these resources, in full: what each unit of loss buys.
-
-    A layer that hardly counts for what is asked is spared, however large its scores are.
-    """
-    cost, everything = Cost(units, target), np.ones(units.count, bool)
-    measures = [cost.measures[name] for name in resources]
-    totals, found = [measure(everything) for measure in measures], Origin()
-    for group in units.groups:
-        rest = everything.copy()
-        rest[group.units[1:]] = False
-        pairs = zip(measures, totals, strict=True)
-        saved = sum((total - measure(rest)) / max(total, 1) for measure, total in pairs)
-        found[group.name] = (len(group.units), group.channels / max(saved, 1e-12))
-    return found
-
-
 def normalise_scores(units: Units, raw: Scores, scope: Scope, origin: Origin | None = None) -> Scores:
     """Scores that compare across groups under one threshold; components that can't be removed get infinity.
 
@@ -248,16 +231,14 @@ def normalise_scores(units: Units, raw: Scores, scope: Scope, origin: Origin | N
       itself alone it would look average again after every round, and be cut until one channel is left;
     - gradual: the same as if cut unit by unit, so that it counts for more with each that goes (as in Lee et al. 2021,
       Layer-adaptive Sparsity for the Magnitude-based Pruning, equation 3);
-    - priced: as gradual, but divided by all of what a unit saves of what is asked for (`prices_of`), of the MACs unless
-      `origin` says another;
     - isomorphic: the rank within all groups of the same structure (Fang et al. 2024, Isomorphic Pruning, section 3.2).
     """
     result = np.full(units.count, np.inf)
-    if scope in ("global", "gradual", "priced"):
-        origin = origin or (prices_of(units) if scope == "priced" else origin_of(units))
+    if scope in ("global", "gradual"):
+        origin = origin or origin_of(units)
         for group in units.groups:
             before, factor = origin.get(group.name, (len(group.units), 1.0))
-            left = len(group.units) - (0 if scope == "global" else _rank(raw[group.units]))
+            left = len(group.units) - (0 if scope == "global" else rank(raw[group.units]))
             result[group.units] = raw[group.units] * factor * before / left
         return result
     classes: dict[object, list[Group]] = {}
@@ -265,11 +246,11 @@ def normalise_scores(units: Units, raw: Scores, scope: Scope, origin: Origin | N
         classes.setdefault(index if scope == "layer" else _structure(units, group), []).append(group)
     for members in classes.values():
         ids = np.concatenate([group.units for group in members])
-        result[ids] = np.where(np.isfinite(raw[ids]), (_rank(raw[ids]) + 0.5) / len(ids), np.inf)
+        result[ids] = np.where(np.isfinite(raw[ids]), (rank(raw[ids]) + 0.5) / len(ids), np.inf)
     return result
 
 
-def _rank(scores: Scores) -> Scores:
+def rank(scores: Scores) -> Scores:
     """How many are lower, or equal and before."""
     rank = np.empty(len(scores))
     rank[np.argsort(scores, kind="stable")] = np.arange(len(scores))
