@@ -118,7 +118,8 @@ def test_without_labels_what_comes_out_is_no_worse_than_what_went_in(tmp_path: P
     reference, found = run_model(open_model(model), unseen), dict[int, float]()
     for epochs in (0, 2, 12):
         out = tmp_path / f"{epochs}.onnx"
-        options = RunOptions(target_macs=0.3, epochs=epochs, bench_seconds=0.1, force=True)
+        way = {"criterion": "l2", "scope": "gradual"}
+        options = RunOptions(target_macs=0.3, epochs=epochs, bench_seconds=0.1, force=True, **way)  # type: ignore[arg-type]
         onnxprune.run(model, given, output=out, options=options)
         found[epochs] = fidelity(run_model(open_model(out), unseen), reference)
     assert found[2] > found[0] - 0.01 and 1 - found[12] < 0.9 * (1 - found[0]), found
