@@ -50,7 +50,11 @@ def test_a_run_on_arrays(tmp_path: Path) -> None:
     ("option", "value", "advice"),
     [
         ("scope", "all", "--scope all: give global or gradual or layer or isomorphic or priced or auto"),
-        ("controller", "bisection", "--controller bisection: give bisect or published"),
+        (
+            "controller",
+            "bisection",
+            "--controller bisection: give bisect or published or published-text or recursive or recursive-text",
+        ),
         ("epochs", 1.5, "--epochs 1.5: give a whole number or nothing"),
         ("target_macs", "0.5", "--target-macs 0.5: give a number or nothing"),
         ("target_macs", 1.0, "--target-macs 1: give the share that may remain, between 0 and 1"),
@@ -58,7 +62,8 @@ def test_a_run_on_arrays(tmp_path: Path) -> None:
         (
             "initial_tau",
             "median",
-            "--initial-tau median: there is none; known: deviation, mean, quantile, energy, otsu",
+            "--initial-tau median: there is none; known: deviation, mean, std, quantile, energy, otsu, one of them and "
+            "a rate (mean:0.1), or a number above 0",
         ),
         ("layers", -1, "--layers -1: give 0 or more"),
         ("kinds", "width", "--kinds width: give a list, each of it a word"),
@@ -135,3 +140,20 @@ def test_labels_that_do_not_fit_the_metric(labels: np.ndarray, metric: str | Non
 def test_a_single_sample_is_refused(tmp_path: Path) -> None:
     with pytest.raises(onnxprune.DataError, match="one sample"):
         onnxprune.run(MODEL, {"input": np.load(DATA)["input"][:1], "labels": [0]}, output=tmp_path / "small.onnx")
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ({"initial_tau": "mean"}, "bisect controller"),
+        ({"alpha": 0.5}, "bisect controller"),
+        ({"controller": "published", "target_macs": 0.5}, "target"),
+        ({"moves": ("distribution",)}, "performance"),
+        ({"moves": ("performance",), "layers": 2}, "structure"),
+        ({"moves": ("performance",), "scope": "priced"}, "structure"),
+        ({"layers": 2, "scope": "global"}, "--scope global"),
+    ],
+)
+def test_what_no_threshold_would_heed_is_refused(given: dict[str, object], advice: str) -> None:
+    with pytest.raises(onnxprune.UsageError, match=advice):
+        onnxprune.RunOptions(**given)  # type: ignore[arg-type]

@@ -190,11 +190,15 @@ def test_when_every_round_fails_the_run_does(tmp_path: Path, monkeypatch: pytest
 
 def test_the_published_controller_follows_its_formula(tmp_path: Path) -> None:
     report = run(tmp_path, controller="published", max_drop=3.0, rounds=3)
-    kept = True
-    for before, after in zip(report.rounds, report.rounds[1:], strict=False):
-        kept = kept and before["accepted"]
-        if kept:
-            assert after["tau"] == pytest.approx(published_tau(before["tau"], before["loss"], 3.0))
+    first = report.rounds[0]["tau"]
+    for before, after in pairwise(report.rounds):
+        if before["accepted"]:
+            share = min(max(before["drop_counted"] / 3.0, 0), 2)
+            wanted = published_tau(first, before["tau"], share, 0.9)
+            factors = [move["factor"] for move in after["moves"]]
+            assert factors[0] * before["tau"] == pytest.approx(wanted)
+            assert after["tau"] == pytest.approx(before["tau"] * np.prod(factors))
+    assert sum(record["drop_counted"] for record in report.rounds if record["accepted"]) > 0
     assert report.rounds[0]["accepted"] and report.pruned.macs < report.baseline.macs
 
 

@@ -14,7 +14,20 @@ from numpy.typing import NDArray
 from onnxprune.choosing.layers import find_layers
 from onnxprune.choosing.queue import Queue, priced_layers
 from onnxprune.choosing.select import Keep, Rounding, bounded, survivors, survivors_by_share, tau_for
-from onnxprune.choosing.threshold import INITIAL, Outcome, bisect_tau, initial_tau, next_progress, published_tau, reach
+from onnxprune.choosing.threshold import (
+    INITIAL,
+    Controller,
+    Outcome,
+    bisect_tau,
+    gap_near,
+    histogram,
+    initial_tau,
+    next_progress,
+    published_move,
+    published_tau,
+    reach,
+    used,
+)
 from onnxprune.cutting.cut import cut
 from onnxprune.errors import ModelError, UsageError
 from onnxprune.graph.model import open_model
@@ -212,8 +225,65 @@ def test_bisection_gives_up_when_the_first_unit_costs_too_much() -> None:
     assert bisect_tau(np.arange(10.0), lambda tau: 9.0, 1.0) is None
 
 
-def test_the_published_rule() -> None:
-    assert published_tau(0.5, 0.3, 1.5, alpha=0.9) == pytest.approx(0.9 * 0.5 + 0.1 * 0.2)
+@pytest.mark.parametrize(
+    ("rule", "wanted"),
+    [
+        ("published", 0.9 * 0.5 + 0.1 * 0.2 * 0.5),
+        ("published-text", 0.9 * 0.5 + 0.1 * 1.8 * 0.5),
+        ("recursive", 0.9 * 0.7 + 0.1 * 0.2 * 0.5),
+        ("recursive-text", 0.9 * 0.7 + 0.1 * 1.8 * 0.5),
+    ],
+)
+def test_the_published_rules(rule: Controller, wanted: float) -> None:
+    """tau = tau_0 alpha + (1 - alpha) L / eps, at a fifth of the allowance; tau_0 is 0.5, tau 0.7 now."""
+    assert published_tau(0.5, 0.7, 0.2, 0.9, rule) == pytest.approx(wanted)
+    for share in (0.3, 1.6):  # as printed a larger loss raises tau, as the text has it a larger loss lowers it
+        change = published_tau(0.5, 0.7, share, 0.9, rule) - published_tau(0.5, 0.7, share / 2, 0.9, rule)
+        assert change < 0 if rule.endswith("-text") else change > 0
+    assert published_tau(0.5, 0.5, 1.0, 0.9, rule) == pytest.approx(0.5)  # all of it used: nothing moves
+
+
+def test_rounds_that_were_rolled_back_halve_the_threshold_until_one_is_kept() -> None:
+    kept, lost = Outcome(8.0, 0.5, 0.1, True, 0.0), Outcome(8.0, 3.0, 0.1, False, 0.0)
+    tau = {count: published_move([kept, *[lost] * count], 8.0, 1.0, 0.9, "published")[0] for count in (0, 1, 2)}
+    assert tau[1] < tau[0] and tau[2] == pytest.approx(tau[1] / 2)
+    assert published_move([lost, kept], 8.0, 1.0, 0.9, "published")[0] == pytest.approx(tau[0])
+
+
+def test_what_is_used_of_the_allowance() -> None:
+    assert used(Outcome(1.0, 0.5, 0.1, True, 0.0), 2.0) == 0.25
+    assert used(Outcome(1.0, -0.5, 0.1, True, 0.0), 2.0) == 0.0
+    assert used(Outcome(1.0, float("inf"), 0.1, False, 0.0), 2.0) == 2.0
+    assert [used(Outcome(1.0, drop, 0.1, True, 0.0), 0.0) for drop in (-1.0, 0.0, 0.1)] == [0.0, 0.0, 2.0]
+
+
+@given(hnp.arrays(np.float64, 30, elements=st.floats(1.0, 2.0)), st.floats(0.001, 1000.0))
+def test_a_clear_gap_near_tau_is_found_at_any_scale(scores: NDArray[np.float64], scale: float) -> None:
+    low, high = scale * scores, scale * 20 * scores
+    both = np.concatenate([low, high, [np.inf]])
+    for tau in (float(low.max()), float(high.min())):
+        gap = gap_near(both, tau)
+        assert gap is not None and low.max() < gap < high.min()
+    assert gap_near(low, float(np.median(low))) is None
+    assert gap_near(both, 1000 * float(high.max())) is None  # far from there
+
+
+def test_a_histogram_holds_all_scores_and_tau() -> None:
+    found = histogram(np.array([1.0, 2.0, 4.0, 100.0, np.inf]), 3.0)
+    assert sum(found["counts"]) == 4 and found["below"] == 2 and found["tau"] == 3.0
+    assert len(found["edges"]) == len(found["counts"]) + 1
+    assert histogram(np.array([np.inf]), 1.0)["counts"] == []
+
+
+@pytest.mark.parametrize(("rate", "gone"), [(0.1, 2), (0.0, 5)])
+def test_theta_from_a_rate(rate: float, gone: int) -> None:
+    """The nine weights of the published example: with a rate of 0.1 theta is 0.540, and two go."""
+    weights = np.array([0.5, 0.3, 0.1, 0.2, 0.4, 0.7, 0.1, 0.6, 0.8])
+    scores = 1 / (1 + np.exp(-weights))
+    theta = initial_tau(scores, f"mean:{rate}")
+    assert theta == pytest.approx(scores.mean() * (1 - rate)) and int((scores < theta).sum()) == gone
+    assert theta == pytest.approx({0.1: 0.540, 0.0: 0.600}[rate], abs=2e-3)
+    assert initial_tau(scores, "0.3") == 0.3
 
 
 def test_initial_tau_comes_from_the_distribution() -> None:
@@ -229,12 +299,8 @@ def test_initial_tau_comes_from_the_distribution() -> None:
 @pytest.mark.parametrize("rule", INITIAL)
 @given(hnp.arrays(np.float64, st.integers(1, 40), elements=st.floats(0, 1e6)))
 def test_the_first_tau_lies_among_the_scores(rule: str, scores: NDArray[np.float64]) -> None:
-    assert scores.min() * (1 - 1e-9) - 1e-9 <= initial_tau(scores, rule) <= scores.max() * (1 + 1e-9)
-
-
-def test_small_moves_of_tau_are_not_made() -> None:
-    assert published_tau(0.5, 0.51, 1.0, alpha=0.9) == 0.5
-    assert published_tau(0.5, 0.9, 1.0, alpha=0.9) == pytest.approx(0.54)
+    least = 0.0 if rule == "std" else scores.min()
+    assert least * (1 - 1e-9) - 1e-9 <= initial_tau(scores, rule) <= scores.max() * (1 + 1e-9)
 
 
 def test_tau_backs_off_after_a_round_that_was_rolled_back() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from onnxprune.choosing.threshold import INITIAL
+from onnxprune.choosing.threshold import CONTROLLERS, INITIAL, MOVES
 from onnxprune.cli.options import (
     IMAGE_OPTIONS,
     KEEP_OPTION,
@@ -50,6 +50,7 @@ RUN_OPTIONS = [
     click.option("--target-macs", type=float, metavar="F", help="Share of the MACs that may remain, such as 0.5."),
     click.option("--target-params", type=float, metavar="F", help="Share of the parameters that may remain."),
     click.option("--target-size", type=float, metavar="F", help="Share of the bytes of the weights that may remain."),
+    click.option("--target-units", type=float, metavar="F", help="Share of all units that may remain."),
     click.option(
         "--target-latency",
         type=float,
@@ -112,18 +113,27 @@ RUN_OPTIONS = [
     ),
     click.option(
         "--controller",
-        type=click.Choice(["bisect", "published"]),
+        type=click.Choice(CONTROLLERS),
         default="bisect",
-        help="How the threshold moves when --max-drop decides.",
+        help="How the threshold moves when --max-drop decides: by cuts that are measured, or by the published rule, "
+        "anchored to the first threshold or recursive, as printed or as its text says.",
     ),
     click.option(
         "--initial-tau",
-        type=click.Choice(list(INITIAL)),
+        metavar="RULE",
         default="deviation",
-        help="For the published controller: the first threshold, from the distribution of the scores.",
+        help=f"For the published rules: the first threshold; {', '.join(INITIAL)} of the scores, one of them and "
+        "a rate (mean:0.1), or a number.",
     ),
     click.option(
-        "--alpha", type=float, default=0.9, metavar="F", help="For the published controller: how slowly tau moves."
+        "--alpha", type=float, default=0.9, metavar="F", help="For the published rules: how slowly tau moves."
+    ),
+    click.option(
+        "--moves",
+        default=",".join(MOVES),
+        metavar="M[,M…]",
+        callback=lambda ctx, param, value: tuple(each for each in value.split(",") if each),
+        help="What moves the threshold: what rounds cost, gaps in the scores, measured prices of groups and layers.",
     ),
     click.option(
         "--schedule",

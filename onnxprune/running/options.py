@@ -8,7 +8,7 @@ from typing import Literal, get_type_hints
 
 from onnxprune.checks import check_option
 from onnxprune.choosing.select import Keep
-from onnxprune.choosing.threshold import INITIAL, Schedule
+from onnxprune.choosing.threshold import CONTROLLERS, MOVES, Controller, MoveName, Schedule, check_initial
 from onnxprune.errors import UsageError
 from onnxprune.exporting.quantise import Numbers
 from onnxprune.labels.solve import Granularity
@@ -19,9 +19,8 @@ from onnxprune.training.losses import Loss
 from onnxprune.training.runtime import Trainer
 
 RunScope = Literal[Scope, "priced"]
-Controller = Literal["bisect", "published"]
 Weight = tuple[str, float]
-RESOURCES = ("macs", "params", "size", "latency")
+RESOURCES = {"macs": "MACs", "params": "parameters", "size": "bytes", "units": "units", "latency": "time"}
 LEAST = {  # what numbers must be at least
     "rounds": 1, "round_to": 1, "threads": 1, "batch": 1, "memory": 1, "stop_after": 1, "epochs": 0, "sparsify": 0,
     "layers": 0, "seed": 0, "features": 0, "mix": 0,
@@ -75,6 +74,7 @@ class RunOptions:
     target_params: float | None = None
     target_size: float | None = None
     target_latency: float | None = None
+    target_units: float | None = None
     max_drop: float | str | None = None
     floor: float = 0.5
     force: bool = False
@@ -97,6 +97,7 @@ class RunOptions:
     controller: Controller = "bisect"
     initial_tau: str = "deviation"
     alpha: float = 0.9
+    moves: tuple[MoveName, ...] = MOVES
     schedule: Schedule = "even"
     providers: tuple[str, ...] = ("cpu",)
     threads: int | None = None
@@ -136,9 +137,9 @@ class RunOptions:
         if self.minutes is not None and self.epochs == 0:
             raise UsageError("--minutes are for fine-tuning, which --epochs 0 turns off: give one of them")
         criteria = (*CRITERIA, *ACTIVATION_CRITERIA, *GRADIENT_CRITERIA, "auto")
-        for name, known in (("initial_tau", INITIAL), ("criterion", criteria)):
-            if (chosen := getattr(self, name)) not in known:
-                raise UsageError(f"--{name.replace('_', '-')} {chosen}: there is none; known: {', '.join(known)}")
+        if self.criterion not in criteria:
+            raise UsageError(f"--criterion {self.criterion}: there is none; known: {', '.join(criteria)}")
+        self._check_thresholds()
         if not 0 <= self.alpha < 1:
             raise UsageError(f"--alpha {self.alpha:g}: give a decay of at least 0 and below 1")
         for name in ("distillation", "smoothing", "ema"):
@@ -147,6 +148,27 @@ class RunOptions:
         for name in ("minutes", "temperature", "lr", "bench_seconds"):
             if (number := getattr(self, name)) is not None and not number > 0:
                 raise UsageError(f"--{name.replace('_', '-')} {number:g}: give more than 0")
+
+    def _check_thresholds(self) -> None:
+        """Refuses what no threshold would heed."""
+        check_initial(self.initial_tau)
+        default = RunOptions.__dataclass_fields__
+        if self.controller == "bisect":
+            for name in ("initial_tau", "alpha"):
+                if (chosen := getattr(self, name)) != default[name].default:
+                    raise UsageError(
+                        f"--{name.replace('_', '-')} {chosen}: the bisect controller measures and needs none; give "
+                        f"--controller {' or '.join(CONTROLLERS[1:])}"
+                    )
+        elif self.targets:
+            raise UsageError(
+                f"--controller {self.controller}: it moves the threshold by what was lost of --max-drop; a target says "
+                "how far to go by itself: leave one of them out"
+            )
+        if "performance" not in self.moves:
+            raise UsageError("--moves: performance says how far; give it too")
+        if "structure" not in self.moves and (self.layers or self.scope == "priced"):
+            raise UsageError("--moves without structure: layers and the scope priced are what it decides; give it too")
 
     @property
     def loss_options(self) -> Loss:

@@ -30,6 +30,7 @@ from onnxprune.benchmarking.bench import Comparison, bench_models, find_provider
 from onnxprune.benchmarking.latency import time_share
 from onnxprune.choosing.layers import drop_layers
 from onnxprune.choosing.sensitivity import load_sensitivity
+from onnxprune.choosing.threshold import Move, said
 from onnxprune.cutting.cut import cut
 from onnxprune.cutting.plan import Plan, load_plan
 from onnxprune.cutting.verify import check_cut
@@ -145,6 +146,8 @@ def run(
         if train is None and (made := _made_up(baseline, units, folder / "inputs.npz", options, listener, notes)):
             calibration, held = made.split(HELD_BACK, options.seed)
             judge = judge if eval_data is not None else replace(judge, evaluation=held)
+        if options.controller != "bisect" and not judge.measured:
+            raise UsageError(f"--controller {options.controller}: what is lost is measured: give --data")
         if options.layers and calibration is None:
             raise UsageError("--layers: what they lose is measured: give --data; 'prune --layers' goes by weights")
         for note in notes:
@@ -402,8 +405,7 @@ class Run(Context):
         for each in (*folder.glob("tune-*"), folder / "sparsify"):
             shutil.rmtree(each, ignore_errors=True)
         record = json.loads(done.read_text())
-        if record.get("layers"):
-            self.listener.note(f"round {number}: without the layers {', '.join(record['layers'])}")
+        self.listener.note(f"round {number}: {said(record['before'], record['tau'], _moves_of(record))}")
         self.listener.note(f"round {number}: {self._said(record)}")
         if not record["accepted"]:
             return record, state
@@ -459,8 +461,7 @@ class Run(Context):
                 )
         record = {
             "round": number,
-            "tau": proposal["tau"],
-            "layers": proposal["layers"],
+            **{name: proposal[name] for name in ("tau", "before", "moves", "scores", "layers")},
             "progress": self._progress(costs, proposal),
             "out_of_reach": proposal.get("out_of_reach", False),
             "macs_share": costs["macs"] / max(self.base_costs["macs"], 1),
@@ -682,6 +683,10 @@ class Run(Context):
             "slower": slower,
             "met": bool(met) and not slower,
         }
+
+
+def _moves_of(record: Record) -> list[Move]:
+    return [Move(**each) for each in record["moves"]]
 
 
 def failed_record(proposal: Proposal, error: TrainingError) -> Record:

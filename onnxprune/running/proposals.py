@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 
@@ -19,22 +19,29 @@ from onnxprune.choosing.threshold import (
     EVALUATIONS,
     LEAST_GAIN,
     PATIENCE,
+    Move,
     Outcome,
     bisect_tau,
+    gap_near,
+    histogram,
     initial_tau,
     next_progress,
-    published_tau,
+    published_move,
     reach,
+    reaching,
+    used,
 )
 from onnxprune.cutting.cut import cut
 from onnxprune.cutting.plan import Plan
 from onnxprune.graph.files import memoised
 from onnxprune.labels.units import Units
 from onnxprune.running.context import ROUNDS, Context, Proposal, Record, State
+from onnxprune.running.options import RESOURCES
 from onnxprune.running.trials import PROBE_SAMPLES, Found, cut_to, queue_of, without_layers
 from onnxprune.scoring.cost import Alive, Cost
 
 SLOWER, CHECK_SECONDS = 1.02, 0.8  # share of the uncut time that isn't chance, and how long it is measured
+LITTLE = 0.1  # of what a cut saves, which a gap below its threshold may give away
 MEASURED = ("drop_counted", "loss", "drop_before_tuning")
 
 
@@ -45,7 +52,7 @@ def propose(run: Context, state: State, records: list[Record]) -> Proposal | Non
         aim = next_progress(run.options.rounds or 1, history, run.options.schedule)
         if aim is None or (records and records[-1]["accepted"] and records[-1]["out_of_reach"]):
             return None  # done, or as narrow as can be
-        compute = lambda: _cut_to(run, state, aim)  # noqa: E731
+        compute = lambda: _cut_to(run, state, records, aim)  # noqa: E731
     else:
         failures = sum(not outcome.accepted for outcome in history)
         if len(history) >= (run.options.rounds or ROUNDS) or failures > PATIENCE:
@@ -55,7 +62,7 @@ def propose(run: Context, state: State, records: list[Record]) -> Proposal | Non
     return found if found["tau"] is not None else None
 
 
-def _cut_to(run: Context, state: State, aim: float) -> Proposal:
+def _cut_to(run: Context, state: State, records: list[Record], aim: float) -> Proposal:
     """The lowest threshold that brings every targeted resource `aim` of the way to its share."""
     run.listener.stage("choosing a threshold")
     queue = queue_of(run, state)
@@ -69,11 +76,16 @@ def _cut_to(run: Context, state: State, aim: float) -> Proposal:
 
     found = within(shares) if "latency" not in shares else _cut_to_time(run, queue, shares, within)
     if found is not None:
-        return proposal_of(found if "latency" in shares else _no_slower(run, found, partial(within, shares)), aim)
+        found = found if "latency" in shares else _no_slower(run, found, partial(within, shares))
+        before = records[-1]["tau"] if records else initial_tau(queue.candidates)
+        reached = ", ".join(f"{100 * share:.0f} % of the {RESOURCES[name]}" for name, share in shares.items())
+        moves = [Move("performance", found.tau / max(before, 1e-30), f"the target of this round is {reached}")]
+        return proposal_of(found, aim) | _told(queue, before, found, moves)
     run.note("the target is out of reach: cut as far as every layer keeps one channel")
     tau = above_all(queue.scores)
     narrowest = replace(queue, rounding=Rounding(1)).survivors(tau)
-    return {**proposal_of(Found(tau, Plan({}), queue, narrowest), 1.0), "out_of_reach": True}
+    found = Found(tau, Plan({}), queue, narrowest)
+    return {**proposal_of(found, 1.0), **_told(queue, tau, found, []), "out_of_reach": True}
 
 
 def _no_slower(run: Context, found: Found, cut_by: Callable[[Rounding], Found | None]) -> Found:
@@ -153,69 +165,131 @@ def alive_of(units: Units, proposal: Proposal) -> Alive:
     return alive
 
 
-def _cut_within(run: Context, state: State, records: list[Record]) -> Proposal:
-    """A threshold whose cut costs no more, after repair, than fine-tuning can be hoped to win back.
+@dataclass
+class Search:
+    """Cuts of one model that are tried before a round where the allowed drop decides."""
 
-    It goes at most half of the way, by the logarithm of the MACs, to a cut of the same model that was rolled back, or
-    where nothing lies in between as little further as can be.
-    """
-    queue, way = queue_of(run, state), dict[tuple[str, ...], tuple[Plan, Queue]]()
-    history, allowed = [outcome_of(record) for record in records], run.allowed or 0.0
+    run: Context
+    state: State
+    records: list[Record]
+    tried: int = 0
 
-    def found_at(tau: float) -> Found:
-        names = tuple(each.layer.name for each in queue.layers_under(tau))
-        if names not in way:
-            way[names] = without_layers(run, state, queue, tau)
-        dropped, rest = way[names]
+    def __post_init__(self) -> None:
+        self.queue = queue_of(self.run, self.state)
+        self.history = [outcome_of(record) for record in self.records]
+        self.allowed = self.run.allowed or 0.0
+        self._thinner = dict[tuple[str, ...], tuple[Plan, Queue]]()
+        rounds, history = self.run.options.rounds or ROUNDS, self.history
+        ending = len(history) + 1 >= rounds or len(history) >= PATIENCE
+        self.tuned = self.run.epochs > 0 and not (ending and not any(outcome.accepted for outcome in history))
+        self.whole = Cost(self.queue.units).macs(np.ones(self.queue.units.count, bool))
+        self.failed = _rolled_back(self.run, self.records)
+        self.limit = reach(history, self.allowed, self.tuned)
+
+    def at(self, tau: float) -> Found:
+        """The cut under a threshold."""
+        names = tuple(each.layer.name for each in self.queue.layers_under(tau))
+        if names not in self._thinner:
+            self._thinner[names] = without_layers(self.run, self.state, self.queue, tau)
+        dropped, rest = self._thinner[names]
         return Found(tau, dropped, rest, rest.survivors(tau))
 
-    def macs(found: Found) -> int:
-        return Cost(found.queue.units).macs(found.alive)
+    def drop_at(self, tau: float) -> float:
+        """What a cut loses, repaired and measured.
 
-    if run.options.controller == "published":
-        last = history[-1] if history else None
-        moved = initial_tau(queue.scores, run.options.initial_tau) if last is None else _moved(run, last)
-        moved *= 0.5 ** sum(not o.accepted for o in history)
-        return proposal_of(found_at(moved))
-    tried = 0
-
-    def drop_at(tau: float) -> float:
-        nonlocal tried
-        tried += 1
-        run.listener.progress("choosing a threshold", tried, EVALUATIONS)
-        found = found_at(tau)
-        if macs(found) < fewest:
+        One that goes more than half of the way, by the logarithm of the MACs, to a cut of the same model that was
+        rolled back isn't measured: it loses too much.
+        """
+        self.tried += 1
+        self.run.listener.progress("choosing a threshold", self.tried, EVALUATIONS)
+        found = self.at(tau)
+        if macs_of(found) < math.sqrt(self.whole * self.failed):
             return float("inf")
         model, step = cut(found.queue.units, found.alive)
-        run.repair(model, state, found.dropped.then(step))
-        verdict = run.judge.measure(model, PROBE_SAMPLES)
-        return verdict.drop if tuned else verdict.most  # of luck the round decides, once it is tuned
+        self.run.repair(model, self.state, found.dropped.then(step))
+        verdict = self.run.judge.measure(model, PROBE_SAMPLES)
+        return verdict.drop if self.tuned else verdict.most  # of luck the round decides, once it is tuned
 
-    ending = len(history) + 1 >= (run.options.rounds or ROUNDS) or len(history) >= PATIENCE
-    tuned = run.epochs > 0 and not (ending and not any(outcome.accepted for outcome in history))
-    whole = Cost(queue.units).macs(np.ones(queue.units.count, bool))
-    most, failed = whole * (1 - LEAST_GAIN), _rolled_back(run, records)
-    fewest = math.sqrt(whole * failed)
-    tau = bisect_tau(queue.candidates, drop_at, reach(history, allowed, tuned))
-    if tau is not None and macs(found := found_at(tau)) <= most:
-        return proposal_of(found)
-    if tuned:  # fine-tuning may win back even more: the least cut that is worth a round is tried
-        least = cut_to(run, state, queue, {"macs": most / run.base_costs["macs"]}, queue.rounding)
-        if least and macs(least) > failed:
-            return proposal_of(least)
+    @property
+    def before(self) -> float:
+        """The threshold of the last round; before the first one, what the distribution of the scores says."""
+        return (
+            self.history[-1].tau if self.history else initial_tau(self.queue.candidates, self.run.options.initial_tau)
+        )
+
+
+def macs_of(found: Found) -> int:
+    """The MACs of a cut."""
+    return Cost(found.queue.units).macs(found.alive)
+
+
+def _cut_within(run: Context, state: State, records: list[Record]) -> Proposal:
+    """A threshold whose cut costs no more, after repair, than fine-tuning can be hoped to win back."""
+    search = Search(run, state, records)
+    tau, moves = _published(search) if run.options.controller != "bisect" else _bisected(search)
+    most = search.whole * (1 - LEAST_GAIN)
+    if tau is not None and (macs_of(found := search.at(tau)) <= most or run.options.controller != "bisect"):
+        return proposal_of(found) | _told(search.queue, search.before, found, moves)
+    if search.tuned:  # fine-tuning may win back even more: the least cut that is worth a round is tried
+        least = cut_to(run, state, search.queue, {"macs": most / run.base_costs["macs"]}, search.queue.rounding)
+        if least and macs_of(least) > search.failed:
+            moves = [Move("performance", least.tau / max(search.before, 1e-30), "the least cut that is worth a round")]
+            return proposal_of(least) | _told(search.queue, search.before, least, moves)
     return {"tau": None}
+
+
+def _bisected(search: Search) -> tuple[float | None, list[Move]]:
+    """The highest threshold whose cut, measured, loses no more than may be hoped to be won back; then a gap near it."""
+    tau = bisect_tau(search.queue.candidates, search.drop_at, search.limit)
+    if tau is None:
+        return None, []
+    share = f"{used(search.history[-1], search.allowed):.2f} of the allowance used" if search.history else "measured"
+    moves = [Move("performance", tau / max(search.before, 1e-30), share)]
+    gap = gap_near(search.queue.candidates, tau) if "distribution" in search.run.options.moves else None
+    if gap is not None and not _same(search.at(gap), search.at(tau)) and _gap_serves(search, tau, gap):
+        moves.append(Move("distribution", gap / tau, f"gap in the scores at {gap:.3g}"))
+        tau = gap
+    return tau, moves
+
+
+def _gap_serves(search: Search, tau: float, gap: float) -> bool:
+    """Whether a gap above costs no more than is allowed, or one below gives away little of what is saved."""
+    if gap > tau:
+        return search.drop_at(gap) <= search.limit
+    saved, given_away = (search.whole - macs_of(search.at(each)) for each in (tau, gap))
+    return saved - given_away <= LITTLE * saved
+
+
+def _published(search: Search) -> tuple[float, list[Move]]:
+    """A threshold by the published rules; where hardly anything lies under it any more, one that reaches the next."""
+    options, history = search.run.options, search.history
+    first = history[0].tau if history else search.before
+    tau, move = published_move(history, first, search.allowed, options.alpha, options.controller)
+    moves = [move]
+    if "distribution" in options.moves and history and history[-1].accepted:
+        raised = reaching(search.queue.candidates, tau, 1 - used(history[-1], search.allowed))
+        if raised > tau:
+            moves.append(Move("distribution", raised / max(tau, 1e-30), "few scores lie below that"))
+            tau = raised
+    return tau, moves
+
+
+def _told(queue: Queue, before: float, found: Found, moves: list[Move]) -> Proposal:
+    """What a round records of its threshold: where it came from, what moved it, and the scores around it."""
+    layers = [name for name, _ in found.dropped.layers]
+    if layers:
+        moves = [*moves, Move("structure", 1.0, f"redundant: {', '.join(layers)}")]
+    return {
+        "before": before,
+        "moves": [each.to_json() for each in moves],
+        "scores": histogram(queue.candidates, found.tau),
+    }
 
 
 def _rolled_back(run: Context, records: list[Record]) -> float:
     """The most MACs of a cut that was rolled back since the last one was accepted, of those that were measured."""
     since = takewhile(lambda record: not record["accepted"], reversed(records))
     return max((record["macs_share"] or 0.0 for record in since), default=0.0) * run.base_costs["macs"]
-
-
-def _moved(run: Context, last: Outcome) -> float:
-    if not math.isfinite(last.loss):  # of a round whose training failed
-        return last.tau
-    return published_tau(last.tau, last.loss, run.allowed or 0.0, run.options.alpha)
 
 
 def outcome_of(record: Record) -> Outcome:

@@ -129,6 +129,10 @@ class Cost:
             for value in units.model.graph.initializers.values()
             if value.dtype is not None
         ]
+        self._prunable = np.zeros(units.count, bool)
+        for group in units.groups:
+            self._prunable[group.units] = True
+        self._located = units.parameters
         self._batch = 1
         first = next((v for v in units.model.graph.inputs if not v.is_initializer() and v.shape), None)
         if first is not None and first.shape is not None and not isinstance(first.shape[0], int):
@@ -137,7 +141,10 @@ class Cost:
     @property
     def measures(self) -> dict[str, Measure]:
         """The costs that a target can name."""
-        return {"macs": self.macs, "params": self.params, "size": self.bytes, "latency": self.nanoseconds}
+        return {
+            "macs": self.macs, "params": self.params, "size": self.bytes, "units": self.units,
+            "latency": self.nanoseconds,
+        }  # fmt: skip
 
     def nanoseconds(self, alive: Alive, without: Nodes = NO_NODES) -> int:
         """What a run should take on the target, by its probe: products of widths rounded up to its steps, and the rest.
@@ -178,6 +185,15 @@ class Cost:
         """Floating-point numbers and quantised weights in the initializers."""
         size = self._sizes(alive)
         return sum(math.prod(size(value) or (0,)) for value, _, counted in self._held(without) if counted)
+
+    def units(self, alive: Alive, without: Nodes = NO_NODES) -> int:
+        """The units that may go and are still there, but for those that nodes which are left out hold all of."""
+        left = self._prunable & alive
+        if without:
+            held = {value for value, _, _ in self._held(without)}
+            kept = [vector for value, _, vector in self._located if value in held]
+            left &= np.isin(np.arange(len(left)), np.concatenate(kept)) if kept else False
+        return int(left.sum())
 
     def bytes(self, alive: Alive, without: Nodes = NO_NODES) -> int:
         """Bytes of the initializers."""
