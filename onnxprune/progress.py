@@ -14,3 +14,6 @@ class Listener:
 
     def note(self, text: str) -> None:
         """Something worth keeping on the screen."""
+
+    def detail(self, text: str) -> None:
+        """Something for who wants to see more."""

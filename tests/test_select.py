@@ -19,6 +19,7 @@ from onnxprune.choosing.threshold import (
     Controller,
     Outcome,
     bisect_tau,
+    drawn,
     gap_near,
     histogram,
     initial_tau,
@@ -273,6 +274,9 @@ def test_a_histogram_holds_all_scores_and_tau() -> None:
     assert sum(found["counts"]) == 4 and found["below"] == 2 and found["tau"] == 3.0
     assert len(found["edges"]) == len(found["counts"]) + 1
     assert histogram(np.array([np.inf]), 1.0)["counts"] == []
+    lines = drawn(found).splitlines()
+    assert "2 of 4 below" in lines[0] and sum("tau" in line for line in lines[1:]) == 1
+    assert "above all" in drawn(histogram(np.array([1.0, 2.0]), 9.0)) and drawn(histogram(np.array([np.inf]), 1.0))
 
 
 @pytest.mark.parametrize(("rate", "gone"), [(0.1, 2), (0.0, 5)])

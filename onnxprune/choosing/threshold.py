@@ -8,6 +8,7 @@ decisions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import takewhile
@@ -34,6 +35,7 @@ MOST_SHARE = 0.3  # of the units that are left, which a later one reaches for wh
 CLEAR = 3.0  # times as large: scores that part so far from one to the next have a gap between them
 NEAR_GAP = 2.0  # times tau, up or down, within which a gap moves it
 BINS = 24  # of the histogram of scores that a round records
+WIDEST = 40  # characters of a bar of it
 LEAST_GAIN = 0.02  # share of MACs that a round must save to be worth it
 
 
@@ -243,6 +245,18 @@ def bisect_tau(
         else:
             high = middle - 1
     return best
+
+
+def drawn(scores: dict[str, Any]) -> str:
+    """A histogram as lines of text, with tau where it lies."""
+    edges, counts, tau = scores["edges"], scores["counts"], scores["tau"]
+    most, marked, lines = max(counts, default=1), False, [f"scores, {scores['below']} of {sum(counts)} below tau"]
+    for edge, upper, count in zip(edges, edges[1:], counts, strict=False):
+        here = not marked and tau <= upper
+        marked = marked or here
+        bar = "#" * math.ceil(WIDEST * count / most)
+        lines.append(f"{edge:>10.3g} {bar:<{WIDEST}} {count:>6}" + (f"  <- tau {tau:.3g}" if here else ""))
+    return "\n".join(lines if marked or not counts else [*lines, f"{'':>10} tau {tau:.3g} lies above all"])
 
 
 def next_progress(rounds: int, history: Sequence[Outcome], schedule: Schedule = "even") -> float | None:

@@ -98,8 +98,8 @@ def print_json(content: Any) -> None:
 class TerminalListener(Listener):
     """Shows a bar with the time left on a terminal, and a line now and then elsewhere."""
 
-    def __init__(self) -> None:
-        self.console = _console(stderr=True, soft_wrap=True)
+    def __init__(self, verbose: bool = False) -> None:
+        self.console, self.verbose = _console(stderr=True, soft_wrap=True), verbose
         self.live = sys.stderr.isatty()
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -141,6 +141,11 @@ class TerminalListener(Listener):
     def note(self, text: str) -> None:
         """Something worth keeping on the screen."""
         self.bar.console.print(plain(text))
+
+    def detail(self, text: str) -> None:
+        """Something for who wants to see more (`--verbose`)."""
+        if self.verbose:
+            self.note(text)
 
     def _phase(self, name: str) -> None:
         if name != self.phase:

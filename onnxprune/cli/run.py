@@ -160,6 +160,7 @@ RUN_OPTIONS = [
         is_flag=True,
         help="Go on with an interrupted run of the same command; with --run-dir nothing else is needed.",
     ),
+    click.option("-v", "--verbose", is_flag=True, help="Show the scores of each round, and the threshold in them."),
     click.option("--overwrite", is_flag=True, help="Start anew in a run folder that holds a run already."),
 ]
 
@@ -263,7 +264,7 @@ def run_command(model: Path | None, as_json: bool, **given: Any) -> int:
     places |= {name: places[name] or None for name in ("data", "eval_data")}
     images = image_options(given)
     given["providers"] = tuple(given.pop("ep"))
-    with TerminalListener() as listener:
+    with TerminalListener(given.pop("verbose")) as listener:
         report = run(model, images=images, options=RunOptions(**given), listener=listener, **places)
     if as_json:
         print_json(report.to_json())

@@ -30,7 +30,7 @@ from onnxprune.benchmarking.bench import Comparison, bench_models, find_provider
 from onnxprune.benchmarking.latency import time_share
 from onnxprune.choosing.layers import drop_layers
 from onnxprune.choosing.sensitivity import load_sensitivity
-from onnxprune.choosing.threshold import Move, said
+from onnxprune.choosing.threshold import Move, drawn, said
 from onnxprune.cutting.cut import cut
 from onnxprune.cutting.plan import Plan, load_plan
 from onnxprune.cutting.verify import check_cut
@@ -406,6 +406,7 @@ class Run(Context):
             shutil.rmtree(each, ignore_errors=True)
         record = json.loads(done.read_text())
         self.listener.note(f"round {number}: {said(record['before'], record['tau'], _moves_of(record))}")
+        self.listener.detail(drawn(record["scores"]))
         self.listener.note(f"round {number}: {self._said(record)}")
         if not record["accepted"]:
             return record, state
