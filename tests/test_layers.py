@@ -10,7 +10,7 @@ import pytest
 
 import onnxprune
 from onnxprune.api import inspect, prune
-from onnxprune.choosing.layers import choose_layers, drop_layers, find_layers, weight_scores
+from onnxprune.choosing.layers import choose_layers, drop_layers, find_layers, layer_norms, weight_scores
 from onnxprune.choosing.select import Keep
 from onnxprune.cutting.plan import Plan, load_plan
 from onnxprune.cutting.verify import mask_oracle
@@ -101,6 +101,26 @@ def test_layers_are_dropped_and_widths_cut_in_one_go(tmp_path: Path) -> None:
     alone, _ = drop_layers(model, [name for name, _ in result.plan.layers])
     inputs = random_inputs(model, 0, batch=None)
     assert relative_difference(run_model(model, inputs), run_model(alone, inputs)) > 1e-3
+
+
+@pytest.mark.parametrize(("order", "wanted"), [(1.0, 2.0), (2.0, np.sqrt(5)), (np.inf, 3.0)])
+def test_norms_of_layers_are_by_size(order: float, wanted: float) -> None:
+    model = graph(RESIDUAL)
+    for name in ("a", "b", "c"):
+        value = model.graph.initializers[name]
+        value.const_value = ir.Tensor(np.tile(np.array([1, 3], np.float32), 8).reshape(4, 4, 1, 1), name=name)
+    assert list(layer_norms(model, find_layers(model)[:1], order).values()) == [pytest.approx(wanted)]
+
+
+def test_layers_whose_norm_is_small_beside_the_largest_go(tmp_path: Path) -> None:
+    given = {"scope": "raw", "criterion": "magnitude", "layer_norm": "2:0.9", "target_macs": 0.7}
+    report = run_residual([1.0, 0.0, 1.0], tmp_path, **given)
+    (record,) = report.rounds
+    assert len(record["layers"]) == 1 and record["removed_layers"]
+    with pytest.raises(UsageError, match="layer-norm"):
+        onnxprune.RunOptions(scope="raw", layer_norm="3")
+    with pytest.raises(UsageError, match="scope raw"):
+        onnxprune.RunOptions(layer_norm="2")
 
 
 def residual(strengths: list[float]) -> ir.Model:

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 
 import onnxprune
 from onnxprune import RunOptions, TrainingError, UsageError
 from onnxprune.choosing.select import Keep
-from onnxprune.choosing.threshold import published_tau
+from onnxprune.choosing.threshold import MoveName, published_tau
 from onnxprune.evaluating.judge import Judge, Verdict
+from onnxprune.graph.model import constant, open_model, save_model
+from onnxprune.labels.units import prunable
+from onnxprune.normalising.normalise import normalise
 from onnxprune.running import pipeline, proposals
 from onnxprune.training import Trainer, fine_tune
 from tests.conftest import MODELS, needs_training
@@ -270,3 +274,39 @@ def test_data_in_the_order_of_its_classes_does_no_harm(tmp_path: Path) -> None:
         report = onnxprune.run(resnet, data, eval_data=TEST, options=options, **places)
         found.append(report.target["drop"])
     assert abs(found[0] - found[1]) < 5.0  # 33 when the first samples were taken for all
+
+
+def with_a_gap(path: Path) -> Path:
+    """digits_mlp, a quarter of whose first units hardly count."""
+    model = normalise(open_model(MODELS / "digits_mlp.onnx"))
+    units = prunable(model, "digits_mlp")
+    faint = units.groups[0].units[: len(units.groups[0].units) // 4]
+    for value, axis, vector in units.parameters:
+        array = np.array(constant(value))
+        where = np.isin(vector, faint)
+        if where.any():
+            array[(slice(None),) * axis + (where,)] *= 1e-4
+            value.const_value = ir.Tensor(array, name=value.name)
+    save_model(model, path)
+    return path
+
+
+def test_a_threshold_near_a_clear_gap_goes_there(tmp_path: Path) -> None:
+    """Of what just fits the allowance a few units lie above a gap: they are given back, and that is said."""
+    model = with_a_gap(tmp_path / "gap.onnx")
+
+    def first_round(most: float, *moves: MoveName) -> dict[str, Any]:
+        options = RunOptions(max_drop=most, metric="fidelity", epochs=0, rounds=1, moves=moves, criterion="flap",
+                             scope="gradual", bench_seconds=0.1, round_to=1)  # fmt: skip
+        place = {"output": tmp_path / "o.onnx", "eval_data": TEST, "overwrite": True}
+        return onnxprune.run(model, DIGITS, options=options, **place).rounds[0]  # type: ignore[arg-type]
+
+    alone, both = first_round(0.05, "performance"), first_round(0.05, "performance", "distribution")
+    assert [move["name"] for move in alone["moves"]] == ["performance"]
+    assert [move["name"] for move in both["moves"]] == ["performance", "distribution"]
+    assert "gap" in both["moves"][1]["evidence"] and both["tau"] < alone["tau"]
+    assert all(both["widths"][name] >= width for name, width in alone["widths"].items())
+    assert all(width < whole for width, whole in zip(both["widths"].values(), (200, 128), strict=True))
+    far = first_round(0.2, "performance", "distribution")  # nothing parts the scores there
+    assert [move["name"] for move in far["moves"]] == ["performance"]
+    assert sum(far["scores"]["counts"]) > 0 and far["norms"] and far["removed"]

@@ -38,7 +38,7 @@ from onnxprune.normalising.normalise import normalise
 from onnxprune.running.proposals import outcome_of
 from onnxprune.scoring.cost import Cost, Spending
 from onnxprune.scoring.prices import TRIED, kept_at, unit_losses, unit_prices
-from onnxprune.scoring.score import CRITERIA, SCOPES, Scope, normalise_scores, score_units
+from onnxprune.scoring.score import CRITERIA, SCOPES, WEIGHT_CRITERIA, Scope, normalise_scores, score_units
 from tests.conftest import MODELS
 from tests.graphs import graph
 
@@ -277,6 +277,35 @@ def test_a_histogram_holds_all_scores_and_tau() -> None:
     lines = drawn(found).splitlines()
     assert "2 of 4 below" in lines[0] and sum("tau" in line for line in lines[1:]) == 1
     assert "above all" in drawn(histogram(np.array([1.0, 2.0]), 9.0)) and drawn(histogram(np.array([np.inf]), 1.0))
+
+
+def test_published_scores_of_weights() -> None:
+    """The published examples: |w|_1 / |w|_2 of (0.8, 0.5), of one weight, of four equal ones; f(w) of nine weights."""
+
+    def score(name: str, rows: list[list[float]]) -> NDArray[np.float64]:
+        return WEIGHT_CRITERIA[name].score(np.array(rows)[None])
+
+    assert score("sensitivity", [[0.8, 0.5]])[0] == pytest.approx(1.378, abs=1e-3)
+    assert score("sensitivity", [[3.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]]) == pytest.approx([1.0, 2.0])
+    weights = [[each] for each in (0.5, 0.3, 0.1, 0.2, 0.4, 0.7, 0.1, 0.6, 0.8)]
+    assert score("signed", weights) == pytest.approx(
+        [0.622, 0.574, 0.525, 0.550, 0.599, 0.668, 0.525, 0.646, 0.690], abs=6e-4
+    )
+    assert (score("signed", weights) > 0.3).all()  # theta 0.3 keeps all
+    assert score("magnitude", [[0.5, -0.1], [-1.0, -1.0]]) == pytest.approx([0.3, 1.0])
+
+
+def test_thresholds_in_the_unit_of_the_weights() -> None:
+    """In the scope raw a unit goes when its own score is under tau, whatever its group."""
+    units = units_of("digits_mlp")
+    raw = score_units(units, "magnitude")
+    scores = normalise_scores(units, raw, "raw")
+    finite = np.isfinite(scores)
+    assert (scores[finite] == raw[finite]).all()
+    tau = initial_tau(scores, "mean")
+    assert tau == pytest.approx(raw[finite].mean())
+    alive = survivors(units, scores, tau, Rounding(1))
+    assert (alive[finite] == (raw[finite] / tau >= 1)).all()
 
 
 @pytest.mark.parametrize(("rate", "gone"), [(0.1, 2), (0.0, 5)])

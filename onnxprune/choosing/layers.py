@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -172,6 +173,31 @@ def _identity(shape: tuple[int, ...]) -> NDArray[np.float64]:
     identity, rows = np.zeros(shape), np.arange(shape[0])
     identity[(rows, rows % shape[1], *(np.full_like(rows, size // 2) for size in shape[2:]))] = 1
     return identity
+
+
+def check_norm(rule: str) -> tuple[float, float | None]:
+    """A rule for layers by the norm of their weights: which norm, and the share of the largest it must have, if any.
+
+    `2` is compared with tau by size, `2:0.01` with a hundredth of the largest layer's. Raises `UsageError` for others.
+    """
+    name, _, share = rule.partition(":")
+    try:
+        order, least = float(name), float(share) if share else None
+    except ValueError:
+        order, least = 0.0, None
+    if order not in (1.0, 2.0, math.inf) or not (least is None or 0 < least < 1):
+        raise UsageError(f"--layer-norm {rule}: give 1, 2 or inf, or one with a share of the largest: 2:0.01")
+    return order, least
+
+
+def layer_norms(model: ir.Model, layers: Sequence[Layer], order: float) -> dict[str, float]:
+    """The p-norm of each layer's weights by size, `(sum abs(w)^p / n)^(1/p)`; for infinity the largest weight."""
+    weights, found = set(weight_values(model)), dict[str, float]()
+    for layer in layers:
+        arrays = [weight_matrix(value).ravel() for value in layer.weights if value in weights]
+        flat = np.abs(np.concatenate(arrays)) if arrays else np.zeros(1)
+        found[layer.name] = float(flat.max() if math.isinf(order) else np.mean(flat**order) ** (1 / order))
+    return found
 
 
 def free_layers(model: ir.Model, protect: Sequence[str]) -> list[Layer]:

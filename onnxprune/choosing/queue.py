@@ -36,6 +36,7 @@ class PricedLayer:
 class Queue:
     """What may go of a model. A unit goes when its score is under tau; a layer when its price is.
 
+    With `norms` of the layers' weights a layer goes when its own is under tau, or under `least_norm`.
     `losses` are what each unit's removal loses, by `curves` that were measured; `most` is how many layers may go.
     """
 
@@ -46,6 +47,8 @@ class Queue:
     layers: tuple[PricedLayer, ...] = ()
     spending: Spending | None = field(default=None, repr=False)
     most: int = 0
+    norms: Mapping[str, float] = field(default_factory=dict)
+    least_norm: float | None = None
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict, repr=False)
 
     def survivors(self, tau: float) -> Alive:
@@ -58,6 +61,9 @@ class Queue:
         Of a layer whose units went in part, what that lost and saved is behind it. So the returns of a narrow layer
         fall, until it goes whole or stays.
         """
+        if self.norms:
+            least = tau if self.least_norm is None else self.least_norm
+            return [each for each in self.layers if self.norms[each.layer.name] < least][: self.most]
         gone, without = list[PricedLayer](), frozenset[ir.Node]()
         if self.spending is None or not self.layers:
             return gone
@@ -80,7 +86,9 @@ class Queue:
 
     @cached_property
     def prices(self) -> dict[str, float]:
-        """The price of each layer of the whole model, by name."""
+        """The price of each layer of the whole model, by name; or its norm, where that decides."""
+        if self.norms:
+            return dict(self.norms)
         assert self.spending is not None
         everything = np.ones(self.units.count, bool)
         whole = self.spending(everything)

@@ -33,7 +33,8 @@ EVALUATIONS = 8  # cuts tried and measured when a threshold is bisected
 LEAST_SHARE = 0.05  # of the units, which the first threshold takes at least
 MOST_SHARE = 0.3  # of the units that are left, which a later one reaches for where nothing of what is allowed was used
 CLEAR = 3.0  # times as large: scores that part so far from one to the next have a gap between them
-NEAR_GAP = 2.0  # times tau, up or down, within which a gap moves it
+NEAR_GAP = 4.0  # times tau, up or down, within which a gap moves it
+FAR = 100  # times from the first guess, which then says nothing
 BINS = 24  # of the histogram of scores that a round records
 WIDEST = 40  # characters of a bar of it
 LEAST_GAIN = 0.02  # share of MACs that a round must save to be worth it
@@ -70,7 +71,7 @@ class Move:
 
 def said(before: float, after: float, moves: Sequence[Move]) -> str:
     """A round's moves in words."""
-    parts = [each.evidence + (f" (x{each.factor:.2f})" if abs(each.factor - 1) > 5e-3 else "") for each in moves]
+    parts = [each.evidence + (f" (x{each.factor:.2f})" if 5e-3 < abs(each.factor - 1) < FAR else "") for each in moves]
     return f"tau {before:.3g} -> {after:.3g}: {', '.join(parts)}"
 
 

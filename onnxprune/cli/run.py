@@ -104,6 +104,12 @@ RUN_OPTIONS = [
     PROTECT_OPTION,
     KEEP_OPTION,
     LAYERS_OPTION,
+    click.option(
+        "--layer-norm",
+        metavar="P[:F]",
+        help="Layers go by the norm (1, 2 or inf) of their weights: by size and under tau, or under the share F of the "
+        "largest one's, such as 2:0.01.",
+    ),
     click.option("--prior", metavar="FILE", help="What 'sensitivity -o' wrote: groups are weighed by what they cost."),
     click.option(
         "--round-to", type=ROUND_TO, default="auto", metavar="N|auto", help="Widths are rounded up to a multiple."

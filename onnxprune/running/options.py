@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_type_hints
 
 from onnxprune.checks import check_option
+from onnxprune.choosing.layers import check_norm
 from onnxprune.choosing.select import Keep
 from onnxprune.choosing.threshold import CONTROLLERS, MOVES, Controller, MoveName, Schedule, check_initial
 from onnxprune.errors import UsageError
@@ -91,6 +92,7 @@ class RunOptions:
     protect: tuple[str, ...] = ()
     keep: tuple[Keep, ...] = ()
     layers: int | Literal["auto"] | None = None
+    layer_norm: str | None = None
     prior: str | None = None
     round_to: int | None = None
     metric: str | None = None
@@ -132,7 +134,13 @@ class RunOptions:
         for name, value in self.targets.items():
             if not 0 < value < 1:
                 raise UsageError(f"--target-{name} {value:g}: give the share that may remain, between 0 and 1")
-        if self.layers and self.scope not in ("auto", "priced"):
+        if self.layer_norm is not None:
+            check_norm(self.layer_norm)
+            if self.scope in ("auto", "priced"):
+                raise UsageError(
+                    "--layer-norm: norms stand beside scores, not prices: give --scope raw, or another one"
+                )
+        elif self.layers and self.scope not in ("auto", "priced"):
             raise UsageError(f"--layers {self.layers}: layers have prices, so --scope {self.scope} can't choose them")
         if self.minutes is not None and self.epochs == 0:
             raise UsageError("--minutes are for fine-tuning, which --epochs 0 turns off: give one of them")
@@ -167,7 +175,7 @@ class RunOptions:
             )
         if "performance" not in self.moves:
             raise UsageError("--moves: performance says how far; give it too")
-        if "structure" not in self.moves and (self.layers or self.scope == "priced"):
+        if "structure" not in self.moves and ((self.layers and not self.layer_norm) or self.scope == "priced"):
             raise UsageError("--moves without structure: layers and the scope priced are what it decides; give it too")
 
     @property

@@ -46,7 +46,15 @@ from onnxprune.graph.files import memoised, sha256, write_json
 from onnxprune.graph.model import check_outputs, files_of, open_model, save_model
 from onnxprune.graph.threads import number_of_threads
 from onnxprune.labels import analyse
-from onnxprune.labels.units import Units, chosen_units, fading_parts, find_units, granularity_for, prunable
+from onnxprune.labels.units import (
+    Units,
+    chosen_units,
+    fading_parts,
+    find_units,
+    granularity_for,
+    prunable,
+    weight_matrix,
+)
 from onnxprune.normalising.normalise import normalise
 from onnxprune.progress import Listener
 from onnxprune.repairing.reconstruct import Repaired
@@ -58,7 +66,7 @@ from onnxprune.running.trials import LINED_UP_BY, contest, uncut
 from onnxprune.running.workspace import Command, configuration, load_command, opened_workspace
 from onnxprune.scoring.cost import Alive
 from onnxprune.scoring.lineup import line_up
-from onnxprune.scoring.score import CRITERIA
+from onnxprune.scoring.score import CRITERIA, weight_values
 from onnxprune.training import TrainingOptions, choose_trainer, fine_tune, prepare_trainer
 from onnxprune.training.losses import plan_loss
 from onnxprune.training.synthesise import noise_dataset, synthetic_dataset
@@ -67,6 +75,8 @@ from onnxprune.training.worker import write_arrays
 HELD_BACK = 0.2  # share of the samples for decisions, when no evaluation data is given, but at most
 FEW_HELD = 16  # samples from which something can be told
 MOST_HELD, MOST_MEASURED = 5000, 1000  # where the drop decides, and where it is only measured
+
+TOLD = ("tau", "before", "moves", "scores", "layers", "removed", "removed_layers")  # a round's record of its threshold
 
 OVER = 1.05  # times the time asked that still counts as met
 
@@ -462,7 +472,7 @@ class Run(Context):
                 )
         record = {
             "round": number,
-            **{name: proposal[name] for name in ("tau", "before", "moves", "scores", "layers")},
+            **{name: proposal[name] for name in TOLD},
             "progress": self._progress(costs, proposal),
             "out_of_reach": proposal.get("out_of_reach", False),
             "macs_share": costs["macs"] / max(self.base_costs["macs"], 1),
@@ -483,6 +493,9 @@ class Run(Context):
             "fidelity": verdict.fidelity,
             "accepted": self.allowed is None or verdict.most <= self.allowed,
             "repair": [each.to_json() for each in layers],
+            "norms": {
+                value.name: float(np.linalg.norm(weight_matrix(value))) for value in dict.fromkeys(weight_values(model))
+            },
             "widths": {group.name: int(alive[group.units].sum()) * group.repeats for group in units.groups},
             "seconds": time.monotonic() - started,
         }
@@ -677,7 +690,9 @@ class Run(Context):
         met = all(entry["met"] for entry in asked.values())
         if self.allowed is not None:
             met = met and drop <= self.allowed + 1e-9 and (bool(asked) or costs["macs"] < self.base_costs["macs"])
+        rates = {"units": 1 - reached["units"], "weights": 1 - reached["params"]}
         return {
+            "rates": rates,
             "resources": asked,
             "max_drop": self.allowed,
             "drop": drop if self.judge.measured else None,

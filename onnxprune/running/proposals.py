@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
+from typing import Any
 
 import numpy as np
 
@@ -268,6 +269,8 @@ def _published(search: Search) -> tuple[float, list[Move]]:
     moves = [move]
     if "distribution" in options.moves and history and history[-1].accepted:
         raised = reaching(search.queue.candidates, tau, 1 - used(history[-1], search.allowed))
+        lost = [outcome.tau for outcome in history if not outcome.accepted]
+        raised = min([raised, *(math.sqrt(tau * each) for each in lost)])  # half of the way to what was rolled back
         if raised > tau:
             moves.append(Move("distribution", raised / max(tau, 1e-30), "few scores lie below that"))
             tau = raised
@@ -283,6 +286,22 @@ def _told(queue: Queue, before: float, found: Found, moves: list[Move]) -> Propo
         "before": before,
         "moves": [each.to_json() for each in moves],
         "scores": histogram(queue.candidates, found.tau),
+        "removed": _removed(found),
+        "removed_layers": {name: queue.prices[name] for name in layers},
+    }
+
+
+def _removed(found: Found) -> dict[str, dict[str, list[Any]]]:
+    """The units that a cut takes, by group: their places in it, and their scores; r is a score by tau."""
+    units, alive, scores = found.queue.units, found.alive, found.queue.scores
+    gone = {group.name: np.flatnonzero(~alive[group.units]) for group in units.groups}
+    return {
+        group.name: {
+            "places": gone[group.name].tolist(),
+            "scores": scores[group.units[gone[group.name]]].tolist(),
+        }
+        for group in units.groups
+        if len(gone[group.name])
     }
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.choosing.layers import drop_layers, free_layers
+from onnxprune.choosing.layers import check_norm, drop_layers, free_layers, layer_norms
 from onnxprune.choosing.queue import Queue, priced_layers
 from onnxprune.choosing.select import Rounding, bounded, tau_for
 from onnxprune.cutting.cut import cut
@@ -181,7 +181,8 @@ def queue_of(
     sizes = {name: size for name, (size, _) in run.origin.items()}
     if way.scope != "priced":
         scores = normalise_scores(units, raw, way.scope, run.origin)
-        return Queue(units, bounded(units, scores, options.keep, sizes), run.rounding)
+        by_norm = _by_norm(run, state, units) if options.layer_norm is not None and known is None else {}
+        return Queue(units, bounded(units, scores, options.keep, sizes), run.rounding, **by_norm)
     layers = free_layers(state.model, options.protect) if way.layers and known is None else []
     new = tuple(group for group in units.groups if group.name not in (known or {}))
     curves = {**(known or {}), **losses_of_groups(run, state, replace(units, groups=new), raw)}
@@ -191,7 +192,18 @@ def queue_of(
     priced = priced_layers(units, layers, losses_of_layers(run, state, layers) if layers else {})
     gone = len(state.plan.layers)
     most = len(layers) if run.layers == "auto" else max(0, int(run.layers) - gone)
-    return Queue(units, scores, run.rounding, losses, priced, spending, most, curves)
+    return Queue(units, scores, run.rounding, losses, priced, spending, most, curves=curves)
+
+
+def _by_norm(run: Context, state: State, units: Units) -> dict[str, Any]:
+    """Of a queue, layers that go by the norm of their weights."""
+    layers, (order, share) = free_layers(state.model, run.options.protect), check_norm(run.options.layer_norm or "")
+    norms = layer_norms(state.model, layers, order)
+    priced = priced_layers(units, layers, dict.fromkeys(norms, 0.0))
+    least = None if share is None else share * max(norms.values(), default=0.0)
+    asked = run.options.layers
+    most = asked - len(state.plan.layers) if isinstance(asked, int) else len(layers)
+    return {"layers": priced, "norms": norms, "least_norm": least, "most": most}
 
 
 def _raw_scores(run: Context, units: Units, criterion: str) -> NDArray[np.float64]:

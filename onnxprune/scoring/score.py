@@ -18,7 +18,7 @@ from onnxprune.labels.units import Group, Units, is_parameter, weight_matrix
 from onnxprune.scoring.cost import Cost
 
 Scores = NDArray[np.float64]
-Scope = Literal["global", "gradual", "layer", "isomorphic"]
+Scope = Literal["global", "gradual", "layer", "isomorphic", "raw"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 HUGE = 1e15  # numbers from here on mask something: no trained weight is so large
@@ -68,6 +68,16 @@ def _logistic(weights: Block) -> Scores:
     return np.asarray((1 / (1 + np.exp(-np.abs(weights)))).mean((0, 2)), np.float64)
 
 
+def _magnitude(weights: Block) -> Scores:
+    """Mean of |w|, in the unit of the weights: what a threshold in that unit is compared with."""
+    return np.asarray(np.abs(weights).mean((0, 2)), np.float64)
+
+
+def _signed(weights: Block) -> Scores:
+    """Mean of 1 / (1 + exp(-w)) of the signed weights: those below zero, which activations may not pass, go first."""
+    return np.asarray((1 / (1 + np.exp(-weights.astype(np.float64)))).mean((0, 2)), np.float64)
+
+
 def _fpgm(weights: Block) -> Scores:
     """Sum of the distances to all other slices (He et al. 2019, FPGM, equation 4): what others resemble can go."""
     before, count, after = weights.shape
@@ -83,6 +93,10 @@ def _fpgm(weights: Block) -> Scores:
 def _to_mean(own: Scores) -> Scores:
     """Scores of a weight's slices, relative to their mean."""
     return own / max(float(own.mean()), 1e-30)
+
+
+def _as_they_are(own: Scores) -> Scores:
+    return own
 
 
 def _to_survivors(own: Scores) -> Scores:
@@ -169,6 +183,8 @@ WEIGHT_CRITERIA = {
     "logistic": Weighing(_logistic),
     "fpgm": Weighing(_fpgm, whole=True),
     "lamp": Weighing(_l2, relative=_to_survivors),
+    "magnitude": Weighing(_magnitude, relative=_as_they_are),
+    "signed": Weighing(_signed, relative=_as_they_are),
 }
 CRITERIA: dict[str, Callable[[Units, int], Scores]] = {
     **{name: lambda units, seed, w=weighing: _of_weights(w, units) for name, weighing in WEIGHT_CRITERIA.items()},  # type: ignore[misc]
@@ -231,6 +247,7 @@ def normalise_scores(units: Units, raw: Scores, scope: Scope, origin: Origin | N
       itself alone it would look average again after every round, and be cut until one channel is left;
     - gradual: the same as if cut unit by unit, so that it counts for more with each that goes (as in Lee et al. 2021,
       Layer-adaptive Sparsity for the Magnitude-based Pruning, equation 3);
+    - raw: the score as it is, for thresholds in the unit of the weights (`magnitude`, `signed`);
     - isomorphic: the rank within all groups of the same structure (Fang et al. 2024, Isomorphic Pruning, section 3.2).
     """
     result = np.full(units.count, np.inf)
@@ -240,6 +257,10 @@ def normalise_scores(units: Units, raw: Scores, scope: Scope, origin: Origin | N
             before, factor = origin.get(group.name, (len(group.units), 1.0))
             left = len(group.units) - (0 if scope == "global" else rank(raw[group.units]))
             result[group.units] = raw[group.units] * factor * before / left
+        return result
+    if scope == "raw":
+        ids = np.concatenate([group.units for group in units.groups]) if units.groups else np.empty(0, np.int64)
+        result[ids] = raw[ids]
         return result
     classes: dict[object, list[Group]] = {}
     for index, group in enumerate(units.groups):
