@@ -141,7 +141,7 @@ def test_prune_writes_what_passes_the_oracle(name: str, ratio: float, tmp_path: 
 def test_a_run_that_is_killed_at_any_moment_resumes_to_the_same_result(tmp_path: Path) -> None:
     arguments = [
         "run", MODELS / "digits_resnet.onnx", "-o", "out.onnx", "--data", DIGITS, "--eval-data", TEST, "--max-drop", 2,
-        "--rounds", 2, "--epochs", 4, *CHOSEN,
+        "--rounds", 2, "--epochs", 4, *CHOSEN[:2],
     ]  # fmt: skip
     (tmp_path / "whole").mkdir()
     assert call(*arguments, cwd=tmp_path / "whole").status == 0

@@ -109,8 +109,8 @@ def metric_file(folder: Path, name: str, regression: bool, higher: bool, scale: 
     )
 
 
-def one_run(seed: int, folder: Path) -> Row:
-    """Draws a task and a metric, runs by defaults, and measures the result on unseen data."""
+def one_run(seed: int, folder: Path, epochs: int | None = None) -> Row:
+    """Draws a task and a metric, runs by defaults (but for epochs), and measures the result on unseen data."""
     rng = np.random.default_rng(seed)
     regression, labelled, declared, higher = (bool(rng.integers(2)) for _ in range(4))
     scale, offset = float(10 ** rng.uniform(-4, 4)), float(rng.normal() * 10 ** rng.uniform(-4, 4))
@@ -124,7 +124,7 @@ def one_run(seed: int, folder: Path) -> Row:
     given = {"x": data[0]} | ({"labels": data[1]} if labelled else {})
     chosen = f"{name}:{'declared' if declared else 'told'}" if labelled else None
     kind = f"{'regression' if regression else 'classes'}{'' if labelled else ', no labels'}"
-    options = RunOptions(metric=chosen, threads=1, bench_seconds=0.2, seed=seed % 7)
+    options = RunOptions(metric=chosen, epochs=epochs, threads=1, bench_seconds=0.2, seed=seed % 7)
     try:
         report = onnxprune.run(folder / "model.onnx", given, output=folder / "out.onnx", options=options)
         status, macs, said = report.exit_status, report.pruned.macs / report.baseline.macs, ""
