@@ -152,6 +152,7 @@ def test_a_single_sample_is_refused(tmp_path: Path) -> None:
         ({"moves": ("performance",), "layers": 2}, "structure"),
         ({"moves": ("performance",), "scope": "priced"}, "structure"),
         ({"layers": 2, "scope": "global"}, "--scope global"),
+        ({"prior": "s.json", "scope": "priced"}, "--prior"),
     ],
 )
 def test_what_no_threshold_would_heed_is_refused(given: dict[str, object], advice: str) -> None:

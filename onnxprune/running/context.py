@@ -105,8 +105,7 @@ class Context:
         """How many layers may be dropped; as many as pay where there is data to tell."""
         if self.options.layers is not None:
             return self.options.layers
-        priced = "structure" in self.options.moves and self.options.scope in ("auto", "priced")
-        return "auto" if self.judge.measured and priced else 0
+        return "auto" if self.judge.measured and self.options.prices else 0
 
     @cached_property
     def epochs(self) -> int:

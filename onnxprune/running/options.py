@@ -175,8 +175,15 @@ class RunOptions:
             )
         if "performance" not in self.moves:
             raise UsageError("--moves: performance says how far; give it too")
+        if self.prior is not None and (self.scope == "priced" or (self.layers and not self.layer_norm)):
+            raise UsageError("--prior: it stands in for prices, by which layers and the scope priced go: leave one out")
         if "structure" not in self.moves and ((self.layers and not self.layer_norm) or self.scope == "priced"):
             raise UsageError("--moves without structure: layers and the scope priced are what it decides; give it too")
+
+    @property
+    def prices(self) -> bool:
+        """Whether prices may be measured: not where what was measured before stands in for them."""
+        return "structure" in self.moves and self.scope in ("auto", "priced") and self.prior is None
 
     @property
     def loss_options(self) -> Loss:

@@ -70,7 +70,7 @@ def _ways(run: Context) -> list[Way]:
     if options.criterion == AUTO:
         criteria = CONTESTANTS if run.train is not None else (LINED_UP_BY,)
     scopes: tuple[RunScope, ...] = (UNMEASURED,) if run.calibration is None else (FIRST_SCOPE, "priced")
-    scopes = scopes if "structure" in options.moves else scopes[:1]
+    scopes = scopes if options.prices else scopes[:1]
     scopes = scopes if options.scope == AUTO else (options.scope,)
     layers = (False, True) if run.layers and free_layers(run.baseline, options.protect) else (False,)
     return [Way(*each) for each in product(criteria, scopes, layers) if each[1] == "priced" or not each[2]]
