@@ -18,7 +18,7 @@ from onnxprune.evaluating.judge import Judge
 from onnxprune.evaluating.metrics import METRICS, Metric, explained, fidelity, find_metric, output_weights
 from onnxprune.evaluating.rounding import rounding_noise
 from onnxprune.graph.model import open_model, save_model
-from onnxprune.running import pipeline
+from onnxprune.running import ending
 from onnxprune.running.options import Allowance
 from onnxprune.running.report import decimals
 from tests.conftest import MODELS, call
@@ -262,7 +262,7 @@ def onnxprune_outputs(path: Path, x: Any) -> Any:
 
 
 def test_a_slower_result_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    timed = pipeline.bench_models
+    timed = ending.bench_models
 
     def slow(*arguments: Any, **given: Any) -> Any:
         from dataclasses import replace
@@ -270,7 +270,7 @@ def test_a_slower_result_is_no_success(tmp_path: Path, monkeypatch: pytest.Monke
         first, second = timed(*arguments, **given)
         return [first, replace(second, against_first=Comparison(0.8, 0.78, 0.82))]
 
-    monkeypatch.setattr(pipeline, "bench_models", slow)
+    monkeypatch.setattr(ending, "bench_models", slow)
     report = onnxprune.run(MLP, unlabelled(), output=tmp_path / "o.onnx", options=quick(target_macs=0.7))
     assert report.exit_status == 5 and report.target["slower"]
     assert json.loads((tmp_path / "o.onnxprune" / "report.json").read_text())["exit_status"] == 5

@@ -22,7 +22,7 @@ from onnxprune.evaluating.judge import Judge, Verdict
 from onnxprune.graph.model import constant, open_model, save_model
 from onnxprune.labels.units import prunable
 from onnxprune.normalising.normalise import normalise
-from onnxprune.running import pipeline, proposals
+from onnxprune.running import proposals, rounds
 from onnxprune.training import Trainer, fine_tune
 from tests.conftest import MODELS, needs_training
 
@@ -96,8 +96,8 @@ def test_a_round_that_almost_holds_is_tuned_for_as_long_again(
     """Unless the user has said how long."""
     almost, trained = Verdict(value=98.0, drop=1.2, loss=0.1, fidelity=0.99, error=0.5, most=1.2), list[int]()
     monkeypatch.setattr(Judge, "measure", lambda judge, model, limit=None: almost)
-    monkeypatch.setattr(pipeline, "fine_tune", lambda *arguments, **given: trained.append(arguments[4].epochs))
-    monkeypatch.setattr(pipeline, "prepare_trainer", lambda trainer, say: None)
+    monkeypatch.setattr(rounds, "fine_tune", lambda *arguments, **given: trained.append(arguments[4].epochs))
+    monkeypatch.setattr(rounds, "prepare_trainer", lambda trainer, say: None)
     report = run(tmp_path, max_drop=1.0, rounds=2, epochs=asked)
     assert report.rounds[0]["epochs"] == epochs
     assert sum(trained) == sum(record["epochs"] for record in report.rounds)
@@ -118,8 +118,8 @@ def test_a_gpu_is_taken_for_long_steps(
 ) -> None:
     trainers = list[str]()
     monkeypatch.setattr("onnxprune.running.context.has_cuda", lambda: there)
-    monkeypatch.setattr(pipeline, "fine_tune", lambda *arguments, **given: trainers.append(arguments[4].trainer))
-    monkeypatch.setattr(pipeline, "prepare_trainer", lambda trainer, say: None)
+    monkeypatch.setattr(rounds, "fine_tune", lambda *arguments, **given: trainers.append(arguments[4].trainer))
+    monkeypatch.setattr(rounds, "prepare_trainer", lambda trainer, say: None)
     run(tmp_path, target_macs=0.5, epochs=1, trainer=asked, batch=batch)
     assert trainers == [chosen]
 
@@ -132,8 +132,8 @@ def test_a_failing_round_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         if len(calls) > 1:
             raise TrainingError("training failed (memory): out of memory")
 
-    monkeypatch.setattr(pipeline, "fine_tune", fail_after_the_first)
-    monkeypatch.setattr(pipeline, "prepare_trainer", lambda trainer, say: None)
+    monkeypatch.setattr(rounds, "fine_tune", fail_after_the_first)
+    monkeypatch.setattr(rounds, "prepare_trainer", lambda trainer, say: None)
     report = run(tmp_path, target_macs=0.5, epochs=1, rounds=2)
     assert not report.met
     assert [record["accepted"] for record in report.rounds][:2] == [True, False]
@@ -153,8 +153,8 @@ def test_a_failing_round_is_followed_by_a_lesser_cut(
         if len(calls) == 1:
             raise TrainingError("training failed (memory): out of memory")
 
-    monkeypatch.setattr(pipeline, "fine_tune", fail_at_first)
-    monkeypatch.setattr(pipeline, "prepare_trainer", lambda trainer, say: None)
+    monkeypatch.setattr(rounds, "fine_tune", fail_at_first)
+    monkeypatch.setattr(rounds, "prepare_trainer", lambda trainer, say: None)
     report = run(tmp_path, max_drop=3.0, epochs=1, controller=controller)
     failed, following = report.rounds[:2]
     assert "out of memory" in failed["error"] and following["tau"] < failed["tau"]
@@ -172,7 +172,7 @@ def test_a_worker_out_of_memory_costs_no_accepted_round(tmp_path: Path, monkeypa
         limit = 1_000_000 if len(calls) > 1 else None
         fine_tune(model, teacher, data, folder, replace(options, memory_limit=limit), *others, **named)
 
-    monkeypatch.setattr(pipeline, "fine_tune", limited)
+    monkeypatch.setattr(rounds, "fine_tune", limited)
     report = run(tmp_path, target_macs=0.3, epochs=1, rounds=2)
     assert not report.met and len(calls) > 1
     assert [record["accepted"] for record in report.rounds] == [True] + [False] * (len(calls) - 1)
@@ -185,8 +185,8 @@ def test_when_every_round_fails_the_run_does(tmp_path: Path, monkeypatch: pytest
     def fail(*arguments: Any, **named: Any) -> None:
         raise TrainingError("training failed (memory): out of memory")
 
-    monkeypatch.setattr(pipeline, "fine_tune", fail)
-    monkeypatch.setattr(pipeline, "prepare_trainer", lambda trainer, say: None)
+    monkeypatch.setattr(rounds, "fine_tune", fail)
+    monkeypatch.setattr(rounds, "prepare_trainer", lambda trainer, say: None)
     with pytest.raises(TrainingError, match="memory"):
         run(tmp_path, target_macs=0.5, epochs=1)
     assert not (tmp_path / "out.onnx").exists()

@@ -117,10 +117,10 @@ def test_a_run_times_what_the_data_is_like(tmp_path: Path, monkeypatch: pytest.M
     text = "(float[N, 3, H, W] x, float[8, 3, 3, 3] w, float[6, 8, 1, 1] v) => (float[N, 6, A, B] y) {"
     path = saved(text + "h = Conv(x, w) r = Relu(h) y = Conv(r, v) }", tmp_path)
     seen = list[object]()
-    from onnxprune.running import pipeline
+    from onnxprune.running import ending
 
-    bench = pipeline.bench_models
-    monkeypatch.setattr(pipeline, "bench_models", lambda *a, **k: seen.append(k["shapes"]) or bench(*a, **k))
+    bench = ending.bench_models
+    monkeypatch.setattr(ending, "bench_models", lambda *a, **k: seen.append(k["shapes"]) or bench(*a, **k))
     data = np.random.default_rng(0).standard_normal((30, 3, 12, 20)).astype(np.float32)
     options = onnxprune.RunOptions(target_macs=0.6, epochs=0, bench_seconds=0.1)
     onnxprune.run(path, {"x": data}, output=tmp_path / "out.onnx", options=options)

@@ -13,7 +13,7 @@ import pytest
 
 import onnxprune
 from onnxprune import RunOptions, TrainingError, UsageError
-from onnxprune.running import pipeline
+from onnxprune.running import rounds
 from tests.conftest import MODELS, call, start
 
 MODEL, DIGITS = MODELS / "digits_mlp.onnx", MODELS / "digits.npz"
@@ -80,7 +80,7 @@ def test_where_the_runtime_cannot_be_had_the_other_trainer_is_used(
     def missing(asked: str, say: object = None) -> None:
         raise TrainingError("the training runtime can't be fetched")
 
-    monkeypatch.setattr(pipeline, "prepare_trainer", missing)
+    monkeypatch.setattr(rounds, "prepare_trainer", missing)
     with np.load(DIGITS) as data:
         arrays = {name: data[name][:400] for name in data.files}
     options = RunOptions(target_macs=0.7, epochs=1, bench_seconds=0.1)
