@@ -383,6 +383,14 @@ def test_help_and_version(tmp_path: Path) -> None:
     assert "onnxprune" in call("--version", cwd=tmp_path).out
 
 
+def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
+    code = "import sys; from onnxprune.cli import call; call(['--help']); print(sorted(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    loaded = eval(found.stdout.splitlines()[-1])
+    assert not {"numpy", "onnx", "onnx_ir", "onnxruntime", "scipy", "sympy", "onnxsim"}.intersection(loaded)
+    assert all(name in found.stdout for name in ("run", "prune", "inspect", "doctor"))
+
+
 def test_a_plan_is_applied_to_other_weights_and_verified(tmp_path: Path) -> None:
     """The same architecture with other numbers is cut the same way; the oracle agrees, and tells a wrong model."""
     other = onnx.load(str(MODELS / "digits_vit.onnx"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -11,6 +13,7 @@ from onnxprune.errors import DataError, UsageError
 from onnxprune.evaluating.data import Dataset
 from onnxprune.evaluating.judge import Judge
 from onnxprune.evaluating.metrics import find_metric
+from onnxprune.graph.threads import number_of_threads, session_options
 from tests.conftest import MODELS
 from tests.graphs import graph
 
@@ -120,3 +123,12 @@ def test_the_error_of_a_drop_is_that_of_a_sample() -> None:
         assert known.most == known.drop == verdict.drop
     few = Dataset({"x": data.inputs["x"][:5]}, labels[:5])
     assert Judge(model, few, find_metric("top1", few), 1, True).measure(worse).error == 0.0
+
+
+@pytest.mark.parametrize(("given", "asked", "threads"), [("3", None, 3), ("3", 2, 2), ("", None, 0), ("many", None, 0)])
+def test_the_usual_variable_says_how_many_threads_work(
+    given: str, asked: int | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert session_options(asked).intra_op_num_threads == threads
+    assert number_of_threads(asked) == (threads or os.cpu_count())

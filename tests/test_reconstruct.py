@@ -14,7 +14,7 @@ from onnxprune.evaluating.data import random_inputs
 from onnxprune.evaluating.evaluate import predict, relative_difference, run_model
 from onnxprune.evaluating.metrics import find_metric
 from onnxprune.evaluating.sources import as_dataset
-from onnxprune.graph.model import open_model
+from onnxprune.graph.model import constant, open_model
 from onnxprune.labels import analyse
 from onnxprune.labels.units import find_units
 from onnxprune.normalising.normalise import normalise
@@ -129,6 +129,22 @@ RECURRENT = {
         float[2,24,6] r, float[2,48] b) => (float[T,2,N,6] y)
         { y = LSTM<hidden_size=6, direction="bidirectional">(x, w, r, b, n, h, c) }""",
 }  # fmt: skip
+
+
+def test_with_values_named_what_reads_them_first_is_fitted_and_nothing_else() -> None:
+    """Through an activation, but through no other layer; a recurrent layer reads its own states."""
+    text = """(float[N,3,6,6] x, float[8,3,1,1] a, float[6,8,1,1] b, float[5,6,1,1] c) => (float[N,5,6,6] y)
+    { h = Conv(x, a) r = Relu(h) i = Conv(r, b) s = Relu(i) y = Conv(s, c) }"""
+    model = graph(text)
+    units = find_units(analyse(model))
+    alive = np.ones(units.count, bool)
+    alive[next(group for group in units.groups if len(group.units) == 8).units[4:]] = False
+    pruned, plan = cut(units, alive)
+    before = {name: constant(value).copy() for name, value in pruned.graph.initializers.items()}
+    data = as_dataset({"x": random_inputs(model, 0, batch=64)["x"]}, model, None)
+    done = reconstruct(pruned, model, plan, data, reading=set(plan.tensors))
+    changed = {name for name, value in pruned.graph.initializers.items() if (constant(value) != before[name]).any()}
+    assert [each.kind for each in done] == ["Conv"] and changed == {"b"}
 
 
 def sequences(count: int, length: int, seed: int) -> dict[str, np.ndarray]:
