@@ -27,7 +27,7 @@ from onnxprune.labels.convolution import SPACE
 from onnxprune.labels.solve import Granularity
 from onnxprune.labels.units import Units, find_units, prunable
 from onnxprune.normalising.normalise import normalise
-from onnxprune.repairing.reconstruct import unrepairable
+from onnxprune.repairing.find import unrepairable
 from onnxprune.scoring.cost import Alive, Cost, node_macs
 from onnxprune.scoring.lineup import line_up, reorder
 from onnxprune.scoring.score import Scope, normalise_scores, score_units, stored, weight_values

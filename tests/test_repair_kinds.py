@@ -17,7 +17,8 @@ from onnxprune.graph.model import open_model
 from onnxprune.labels import analyse
 from onnxprune.labels.units import find_units
 from onnxprune.normalising.normalise import normalise
-from onnxprune.repairing.reconstruct import reconstruct, unrepairable
+from onnxprune.repairing.find import unrepairable
+from onnxprune.repairing.reconstruct import reconstruct
 from tests.conftest import MODELS
 from tests.graphs import graph, random_cut
 from tests.test_reconstruct import LAYERS

@@ -32,6 +32,7 @@ from onnxprune.graph.model import open_model
 from onnxprune.labels.units import prunable
 from onnxprune.normalising.normalise import normalise
 from onnxprune.repairing import reconstruct as module
+from onnxprune.repairing.find import find_layers
 from onnxprune.repairing.recurrent import Recurrent
 from onnxprune.repairing.scales import Scaling
 from onnxprune.running.trials import DATA_CRITERIA
@@ -66,7 +67,7 @@ def measure(folder: Path, name: str, macs: float, criterion: str) -> list[dict[s
         return []
     pruned, step = cut(units, chosen[1])
     plan, uncut = Plan({}, reordered=moved).then(step), predict(model, test)
-    found, rows = module.find_layers, list[dict[str, Any]]()
+    found, rows = find_layers, list[dict[str, Any]]()
     for left in ("", *KINDS):
         dropped = list[Any]()
 
@@ -79,7 +80,7 @@ def measure(folder: Path, name: str, macs: float, criterion: str) -> list[dict[s
         candidate, start = pruned.clone(), time.perf_counter()
         module.find_layers = fewer  # type: ignore[assignment]
         module.reconstruct(candidate, model, plan, train, 1)
-        module.find_layers = found
+        module.find_layers = found  # type: ignore[attr-defined]
         if left and not dropped:
             continue
         explained = round(fidelity(predict(candidate, test), uncut), 4)

@@ -20,7 +20,8 @@ from onnxprune.evaluating.data import Dataset, model_inputs
 from onnxprune.evaluating.judge import Judge
 from onnxprune.labels.units import Units
 from onnxprune.progress import Listener
-from onnxprune.repairing.reconstruct import Repaired, reconstruct
+from onnxprune.repairing.find import Repaired
+from onnxprune.repairing.reconstruct import reconstruct
 from onnxprune.repairing.repair import reestimate_batch_norm, undo_if_worse
 from onnxprune.running.options import RESOURCES, Allowance, RunOptions
 from onnxprune.scoring.cost import Alive, Cost, Spending

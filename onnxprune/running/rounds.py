@@ -38,7 +38,7 @@ from onnxprune.graph.model import open_model, save_model
 from onnxprune.graph.threads import number_of_threads
 from onnxprune.labels import analyse
 from onnxprune.labels.units import Units, chosen_units, fading_parts, find_units, granularity_for, weight_matrix
-from onnxprune.repairing.reconstruct import Repaired
+from onnxprune.repairing.find import Repaired
 from onnxprune.running.context import Context, Proposal, Record, State, costs_of
 from onnxprune.running.ending import good_enough, report_of, save
 from onnxprune.running.proposals import CHECK_SECONDS, SLOWER, alive_of, propose
