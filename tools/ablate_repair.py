@@ -78,9 +78,9 @@ def measure(folder: Path, name: str, macs: float, criterion: str) -> list[dict[s
             return layers
 
         candidate, start = pruned.clone(), time.perf_counter()
-        module.find_layers = fewer  # type: ignore[assignment]
+        vars(module)["find_layers"] = fewer
         module.reconstruct(candidate, model, plan, train, 1)
-        module.find_layers = found  # type: ignore[attr-defined]
+        vars(module)["find_layers"] = found
         if left and not dropped:
             continue
         explained = round(fidelity(predict(candidate, test), uncut), 4)
