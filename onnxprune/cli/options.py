@@ -129,8 +129,8 @@ LAYERS_OPTION = click.option(
     "--layers",
     type=Layers(),
     metavar="N|auto",
-    help="Drop whole layers first: this many, or with auto as many as leave the lowest loss at the same target.  "
-    "[default: auto for run --target-latency, else 0]",
+    help="Whole layers that go: prune drops this many, of the smallest weights; run at most so many, by what each was "
+    "measured to lose (auto: as many as serve).  [default: auto for run with data, else 0]",
 )
 IMAGE_OPTIONS = [
     click.option("--mean", default="0", metavar="F[,F,F]", help="For folders of images: (pixels / 255 - mean) / std."),
