@@ -25,7 +25,8 @@ from onnxprune.scoring.score import Scores
 
 T = TypeVar("T")
 
-SAMPLES = 256  # on which a cut is fitted and measured
+SAMPLES, FEWEST = 256, 16  # on which a cut is fitted and measured: the fewer, the more work all trials are
+WORK = 2e12  # MACs of a pass of all trials over them: minutes
 MOST = 96  # groups, and layers, that are measured: those that cost most
 
 
@@ -36,10 +37,12 @@ def losses_of_groups(run: Context, state: State, units: Units, raw: Scores) -> d
     """
 
     def measure() -> dict[str, list[float]]:
-        groups, before, found = _dearest(run, units), _loss(run, state.model), dict[str, list[float]]()
+        groups, found = _dearest(run, units), dict[str, list[float]]()
+        samples = _samples(run, len(TRIED) * len(groups))
+        before = _loss(run, state.model, samples)
         for number, group in enumerate(groups):
             run.listener.progress("pricing units", number + 1, len(groups))
-            curve = [_without_units(run, state, units, raw, group, share) - before for share in TRIED]
+            curve = [_without_units(run, state, units, raw, group, share, samples) - before for share in TRIED]
             if np.isfinite(curve).all():
                 found[group.name] = curve
         return found
@@ -51,12 +54,13 @@ def losses_of_layers(run: Context, state: State, layers: Sequence[Layer]) -> dic
     """What is lost, of the spread of the outputs, without each layer alone, once that is repaired."""
 
     def measure() -> dict[str, float]:
-        before, found = _loss(run, state.model), dict[str, float]()
+        samples, found = _samples(run, len(layers[:MOST])), dict[str, float]()
+        before = _loss(run, state.model, samples)
         for number, layer in enumerate(layers[:MOST]):
             run.listener.progress("pricing layers", number + 1, len(layers[:MOST]))
             try:
                 model, step = drop_layers(state.model, [layer.name])
-                lost = _repaired(run, state, model, step, {layer.kept.name or ""}) - before
+                lost = _repaired(run, state, model, step, {layer.kept.name or ""}, samples) - before
             except ModelError:
                 continue  # what can't run without it stays
             if math.isfinite(lost):
@@ -86,21 +90,27 @@ def _dearest(run: Context, units: Units) -> list[Group]:
     return sorted((group for group in units.groups if len(group.units) > 1), key=spent)[:MOST]
 
 
-def _without_units(run: Context, state: State, units: Units, raw: Scores, group: Group, share: float) -> float:
+def _without_units(
+    run: Context, state: State, units: Units, raw: Scores, group: Group, share: float, samples: int
+) -> float:
     alive = np.ones(units.count, bool)
     keep_best(alive, group, raw, kept_at(group, share))
     model, step = cut(units, alive)
-    return _repaired(run, state, model, step, set(step.tensors))
+    return _repaired(run, state, model, step, set(step.tensors), samples)
 
 
-def _repaired(run: Context, state: State, model: ir.Model, step: Plan, names: set[str]) -> float:
+def _repaired(run: Context, state: State, model: ir.Model, step: Plan, names: set[str], samples: int) -> float:
     assert run.calibration is not None
     whole, plan = run.reference(state, step)
-    part, threads = run.calibration.take(slice(0, SAMPLES)), run.options.threads
+    part, threads = run.calibration.take(slice(0, samples)), run.options.threads
     reconstruct(model, whole, plan, part, threads, memory=run.memory, share=TRIED_ON, reading=names)
-    return _loss(run, model)
+    return _loss(run, model, samples)
 
 
-def _loss(run: Context, model: ir.Model) -> float:
+def _loss(run: Context, model: ir.Model, samples: int) -> float:
     """What of the outputs' spread isn't explained."""
-    return 1 - run.judge.measure(model, SAMPLES).fidelity
+    return 1 - run.judge.measure(model, samples).fidelity
+
+
+def _samples(run: Context, trials: int) -> int:
+    return int(np.clip(WORK / max(trials * run.base_costs["macs"], 1), FEWEST, SAMPLES))
