@@ -53,6 +53,20 @@ def test_the_preparation_that_a_model_wants_is_found(scale: float, shift: float,
         assert better is not None and named in better.what and better.right > 0.95 > tried[0].right
 
 
+def test_the_size_that_a_model_wants_is_found(tmp_path: Path) -> None:
+    """Where its input leaves the size open: this one adds up the pixels of 32 by 32 images."""
+    folder_of(tmp_path / "d", ["a", "b", "c"])
+    text = """(float[N,3,H,W] x, float[3,3] w, float[3] b) => (float[N,3] y)
+    <int64[2] axes = {2, 3}, float k = {1024.0}>
+    { s = ReduceSum<keepdims=0>(x, axes) f = Div(s, k) h = MatMul(f, w) y = Add(h, b) }"""
+    model, fixed = graph(text), brightness(1 / 255, 0.0)
+    for name in ("w", "b"):
+        model.graph.initializers[name].const_value = fixed.graph.initializers[name].const_value
+    tried = tried_on_folder(tmp_path / "d", model, ImageOptions(size=(16, 16)), 1)
+    better = clearly_better(tried, 90)
+    assert better is not None and better.options == "--size 32 32" and better.right > 0.95 > tried[0].right
+
+
 def test_classes_in_the_order_of_their_numbers_are_found(tmp_path: Path) -> None:
     folder_of(tmp_path / "d", ["2", "10", "0"])  # by names: 0, 10, 2
     model = brightness(1 / 255, 0.0)

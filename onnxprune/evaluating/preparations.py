@@ -20,6 +20,7 @@ Array = NDArray[Any]
 TRIED = 300  # images
 BETTER = 0.1  # of the images, that another preparation has right and the one given hasn't
 ERRORS = 3.0  # standard errors, by which it must be clear
+SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384)  # height and width, where the model leaves them open
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 RANGES: tuple[tuple[tuple[float, ...], tuple[float, ...], str], ...] = (  # mean, std, and what that is
     ((0.0,), (1.0,), "pixels of 0 to 1"),
@@ -60,8 +61,9 @@ def tried_on_folder(path: Path, model: ir.Model, options: ImageOptions, threads:
     given = trial.right(options, "as given")
     found = [trial.right(each, what) for each, what in _ranges(options, some.mode)]
     best = max([given, *found], key=lambda each: each[0].right)
-    for change, what in _changes(best[1], some):
-        found.append(trial.right(change, f"{best[0].what}, {what}"))
+    for start in (given, best) if best is not given else (given,):  # another range may only seem to mend a wrong size
+        for change, what in [*_changes(start[1], some), *_sizes(start[1], some, model)]:
+            found.append(trial.right(change, f"{start[0].what}, {what}"))
     best = max([given, *found], key=lambda each: each[0].right)
     for change, what in _label_changes(best[1], names):
         found.append(trial.right(change, f"{best[0].what}, {what}"))
@@ -70,11 +72,11 @@ def tried_on_folder(path: Path, model: ir.Model, options: ImageOptions, threads:
 
 
 class _Trial:
-    """Some images of a folder, read once for each crop, and the model's answers, kept for each preparation."""
+    """Some images of a folder, read once for each crop and size, and the model's answers, kept for each preparation."""
 
     def __init__(self, folder: ImageFolder, names: list[str], model: ir.Model, threads: int | None) -> None:
         self.folder, self.names, self.model, self.threads = folder, names, model, threads
-        self.pixels: dict[float | None, Array] = {}
+        self.pixels: dict[tuple[float | None, tuple[int, int] | None], Array] = {}
         self.answers: dict[ImageOptions, Array | None] = {}
 
     def right(self, options: ImageOptions, what: str) -> tuple[Tried, ImageOptions]:
@@ -91,9 +93,11 @@ class _Trial:
 
     def _run(self, options: ImageOptions) -> Array | None:
         """The model's answers; None where it can't be run so."""
-        if options.crop not in self.pixels:
-            self.pixels[options.crop] = np.concatenate([self.folder.pixels(f, options.crop) for f in self.folder.files])
-        images = options.prepared(self.pixels[options.crop])
+        seen = (options.crop, options.size)
+        if seen not in self.pixels:
+            folder = replace(self.folder, size=options.size or self.folder.size)
+            self.pixels[seen] = np.concatenate([folder.pixels(file, options.crop) for file in folder.files])
+        images = options.prepared(self.pixels[seen])
         try:
             scores = predict(self.model, Dataset({self.folder.input: images}, None), self.threads)[0]
         except OnnxPruneError:
@@ -119,6 +123,17 @@ def _changes(options: ImageOptions, folder: ImageFolder) -> Iterator[tuple[Image
         yield replace(options, crop=0.875), "the middle cut out"
 
 
+def _sizes(options: ImageOptions, folder: ImageFolder, model: ir.Model) -> Iterator[tuple[ImageOptions, str]]:
+    """Other sizes, where the model's input has none of its own."""
+    value = next(each for each in model.graph.inputs if each.name == folder.input)
+    axes = slice(2, 4) if options.layout == "nchw" else slice(1, 3)
+    if value.shape is None or any(isinstance(size, int) for size in list(value.shape)[axes]):
+        return
+    for size in SIZES:
+        if (size, size) != folder.size:
+            yield replace(options, size=(size, size)), f"{size} by {size} pixels"
+
+
 def _label_changes(options: ImageOptions, names: Sequence[str]) -> Iterator[tuple[ImageOptions, str]]:
     for offset in (-1, 1):
         yield replace(options, label_offset=options.label_offset + offset), f"classes moved by {offset:+d}"
@@ -131,8 +146,9 @@ def _as_options(options: ImageOptions) -> str:
     parts = []
     for name, default in vars(ImageOptions()).items():
         value = getattr(options, name)
-        if value != default and name != "size":
-            text = ",".join(f"{each:.6g}" for each in value) if isinstance(value, tuple) else f"{value}"
+        if value != default:
+            between = " " if name == "size" else ","
+            text = between.join(f"{each:.6g}" for each in value) if isinstance(value, tuple) else f"{value}"
             parts.append(f"--{name.replace('_', '-')} {text}")
     return " ".join(parts)
 
