@@ -49,7 +49,7 @@ def test_a_run_on_arrays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "advice"),
     [
-        ("scope", "all", "--scope all: give global or gradual or layer or isomorphic or priced or auto"),
+        ("scope", "all", "--scope all: give global or gradual or layer or isomorphic or raw or priced or auto"),
         (
             "controller",
             "bisection",
