@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import filter as filter_names
 from pathlib import Path
 
+import onnx_ir as ir
+
 from onnxprune.benchmarking.bench import find_providers
 from onnxprune.choosing.sensitivity import load_sensitivity
 from onnxprune.errors import UsageError
+from onnxprune.evaluating.data import Dataset
 from onnxprune.evaluating.judge import Judge
 from onnxprune.evaluating.metrics import find_metric, output_weights
 from onnxprune.evaluating.sources import ImageOptions
@@ -60,16 +63,8 @@ def run(
     options = options or RunOptions()
     source = Path(model)
     target = Path(output) if output is not None else source.with_suffix(".pruned.onnx")
-    given = [each for place in (data, eval_data) if not isinstance(place, Mapping) for each in paths_of(place)]
-    given += paths_of(options.prior)
-    check_outputs(source, [target], given)
-    find_providers(options.providers)
-    if options.prior is not None:
-        load_sensitivity(Path(options.prior))  # refuses anything else before any work
     folder = Path(run_dir) if run_dir is not None else target.with_suffix(".onnxprune")
-    for path in (*files_of(source), *given):
-        if folder.resolve() in path.parents:
-            raise UsageError(f"{path} lies in the run folder {folder}, which is emptied: choose another --run-dir")
+    _check_places(source, target, folder, [data, eval_data], options)
     notes: list[str] = []
     listener.stage("opening and normalising the model")
     baseline = normalise(open_model(source))
@@ -83,18 +78,7 @@ def run(
     for pattern in options.freeze:
         if not filter_names(baseline.graph.initializers, pattern):
             raise UsageError(f"--freeze {pattern}: no parameter has such a name")
-    outputs = [value.name or "" for value in baseline.graph.outputs]
-    weights = output_weights(dict(options.weigh), outputs)
-    metric = find_metric(options.metric, evaluation, weights)
-    judge = Judge(
-        baseline,
-        evaluation,
-        metric,
-        options.threads,
-        bool(data or eval_data),
-        eval_data is not None,
-        None if weights is None else tuple(weights),
-    )
+    judge = _judge(baseline, evaluation, options, bool(data or eval_data), eval_data is not None)
     if judge.measured:
         listener.stage("measuring the uncut model")
         judge = looked_at(judge, notes, folders_of(eval_data or data), images or ImageOptions())
@@ -106,15 +90,40 @@ def run(
         if train is None and (made := made_up(baseline, units, folder / "inputs.npz", options, listener, notes)):
             calibration, held = made.split(HELD_BACK, options.seed)
             judge = judge if eval_data is not None else replace(judge, evaluation=held)
-        if options.controller != "bisect" and not judge.measured:
-            raise UsageError(f"--controller {options.controller}: what is lost is measured: give --data")
-        if options.layers and calibration is None:
-            raise UsageError("--layers: what they lose is measured: give --data; 'prune --layers' goes by weights")
+        _check_measured(options, judge.measured, calibration is not None)
         for note in notes:
             listener.note(note)
         return Run(
             source, target, folder, baseline, moved, units, train, calibration, judge, options, listener, notes
         ).execute()
+
+
+def _check_places(source: Path, target: Path, folder: Path, places: Sequence[Data | None], options: RunOptions) -> None:
+    """Refuses what can't be read, or would be overwritten or emptied, before any work."""
+    given = [each for place in places if not isinstance(place, Mapping) for each in paths_of(place)]
+    given += paths_of(options.prior)
+    check_outputs(source, [target], given)
+    find_providers(options.providers)
+    if options.prior is not None:
+        load_sensitivity(Path(options.prior))
+    for path in (*files_of(source), *given):
+        if folder.resolve() in path.parents:
+            raise UsageError(f"{path} lies in the run folder {folder}, which is emptied: choose another --run-dir")
+
+
+def _judge(baseline: ir.Model, evaluation: Dataset, options: RunOptions, measured: bool, apart: bool) -> Judge:
+    weights = output_weights(dict(options.weigh), [value.name or "" for value in baseline.graph.outputs])
+    metric = find_metric(options.metric, evaluation, weights)
+    kept = None if weights is None else tuple(weights)
+    return Judge(baseline, evaluation, metric, options.threads, measured, apart, kept)
+
+
+def _check_measured(options: RunOptions, measured: bool, calibrated: bool) -> None:
+    """Refuses options that go by measurements where nothing can be measured."""
+    if options.controller != "bisect" and not measured:
+        raise UsageError(f"--controller {options.controller}: what is lost is measured: give --data")
+    if options.layers and not options.layer_norm and not calibrated:
+        raise UsageError("--layers: what they lose is measured: give --data; 'prune --layers' goes by weights")
 
 
 def _resumed(run_dir: str | os.PathLike[str] | None, resume: bool, listener: Listener) -> Report:

@@ -185,23 +185,8 @@ class Run(Context):
         said = partial(self.listener.progress, f"round {number}: repairing")
         layers = self.repair(model, state, step, said, self.note)
         self._say_what_was_not_repaired(number, layers)
-        repaired, epochs = self.judge.measure(model), 0
-        verdict = repaired
-        if self.epochs:
-            tuned, after, epochs = self._tuned(number, folder, model, state.plan.then(step))
-            if self._better(after, repaired):
-                model, verdict = tuned, after
-                if (after.drop, after.loss) > (repaired.drop, repaired.loss):
-                    self.note(
-                        f"round {number}: tuning is kept although {self.judge.metric.name} fell: what is held back "
-                        "of --data may be known by heart, which tuning unlearns; --eval-data tells"
-                    )
-            else:
-                places = decimals(after.value, repaired.value)
-                self.note(
-                    f"round {number}: fine-tuning was undone: {self.judge.metric.name} {after.value:.{places}f} after "
-                    f"it, {repaired.value:.{places}f} before"
-                )
+        repaired = self.judge.measure(model)
+        model, verdict, epochs = self._tuned_if_better(number, folder, model, state.plan.then(step), repaired)
         record = {
             "round": number,
             **{name: proposal[name] for name in TOLD},
@@ -209,29 +194,55 @@ class Run(Context):
             "out_of_reach": proposal.get("out_of_reach", False),
             "macs_share": costs["macs"] / max(self.base_costs["macs"], 1),
             **costs,
+            **self._judged(repaired, verdict),
+            "epochs": epochs,
+            "trainer": choose_trainer(self.trainer) if self.epochs else None,
+            "check": checked.outcome,
+            "check_why": checked.why,
+            "repair": [each.to_json() for each in layers],
+            "norms": _norms(model),
+            "widths": {group.name: int(alive[group.units].sum()) * group.repeats for group in units.groups},
+            "seconds": time.monotonic() - started,
+        }
+        return record, State(model, state.plan.then(step))
+
+    def _judged(self, repaired: Verdict, verdict: Verdict) -> Record:
+        """What a round's record says of quality, before and after fine-tuning."""
+        return {
             "metric_before_tuning": repaired.value,
             "drop_before_tuning": repaired.drop,
             "metric": verdict.value,
             "drop": verdict.drop,
             "loss": verdict.loss,
-            "epochs": epochs,
-            "trainer": choose_trainer(self.trainer) if self.epochs else None,
-            "tuned": bool(self.epochs) and verdict is not repaired,
+            "tuned": verdict is not repaired,
             "drop_error": verdict.error,
             "drop_counted": verdict.most,
-            "check": checked.outcome,
-            "check_why": checked.why,
             "useful": verdict.useful,
             "fidelity": verdict.fidelity,
             "accepted": self.allowed is None or verdict.most <= self.allowed,
-            "repair": [each.to_json() for each in layers],
-            "norms": {
-                value.name: float(np.linalg.norm(weight_matrix(value))) for value in dict.fromkeys(weight_values(model))
-            },
-            "widths": {group.name: int(alive[group.units].sum()) * group.repeats for group in units.groups},
-            "seconds": time.monotonic() - started,
         }
-        return record, State(model, state.plan.then(step))
+
+    def _tuned_if_better(
+        self, number: int, folder: Path, model: ir.Model, plan: Plan, repaired: Verdict
+    ) -> tuple[ir.Model, Verdict, int]:
+        """The model fine-tuned, or as it was repaired where that is better; the verdict on it, and epochs trained."""
+        if not self.epochs:
+            return model, repaired, 0
+        tuned, after, epochs = self._tuned(number, folder, model, plan)
+        name = self.judge.metric.name
+        if not self._better(after, repaired):
+            places = decimals(after.value, repaired.value)
+            self.note(
+                f"round {number}: fine-tuning was undone: {name} {after.value:.{places}f} after it, "
+                f"{repaired.value:.{places}f} before"
+            )
+            return model, repaired, epochs
+        if (after.drop, after.loss) > (repaired.drop, repaired.loss):
+            self.note(
+                f"round {number}: tuning is kept although {name} fell: what is held back of --data may be known by "
+                "heart, which tuning unlearns; --eval-data tells"
+            )
+        return tuned, after, epochs
 
     def _say_what_was_not_repaired(self, number: int, layers: list[Repaired]) -> None:
         left = Counter(each.why_not for each in layers if each.why_not)
@@ -326,6 +337,12 @@ class Run(Context):
             for name, target in self.targets.items()
         ]
         return float(np.clip(min(done, default=0.0), 0, 1))
+
+
+def _norms(model: ir.Model) -> dict[str, float]:
+    """The L2 norm of each weight, by name."""
+    values = dict.fromkeys(weight_values(model))
+    return {value.name or "": float(np.linalg.norm(weight_matrix(value))) for value in values}
 
 
 def _moves_of(record: Record) -> list[Move]:
