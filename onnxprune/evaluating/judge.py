@@ -56,9 +56,9 @@ class Verdict:
 class Judge:
     """Measures models on `evaluation` by `metric`. `measured` is False where the data is only random inputs.
 
-    Where the data was set `apart` decisions count one standard error on top of a drop, since of many cuts the luckiest
-    is taken. A part of the training data makes drops look larger as it is: the uncut model knows it by heart. `weights`
-    are those of the outputs in fidelity.
+    Where the data is `fair` decisions count one standard error on top of a drop, since of many cuts the luckiest is
+    taken. A part of the training data with labels, not set `apart`, makes drops look larger as it is: the uncut model
+    knows it by heart. `weights` are those of the outputs in fidelity.
     """
 
     baseline: ir.Model
@@ -80,6 +80,11 @@ class Judge:
             outputs[0] = np.moveaxis(outputs[0], 1, -1)
         return outputs
 
+    @property
+    def fair(self) -> bool:
+        """Whether the data is fair to the uncut model: set apart from training, or without labels to know by heart."""
+        return self.apart or self.evaluation.labels is None
+
     def measure(self, model: ir.Model, limit: int | None = None) -> Verdict:
         """The verdict on all of the evaluation data, or on its first `limit` samples."""
         data = self.evaluation.take(slice(0, limit))
@@ -92,7 +97,7 @@ class Judge:
                 labels = None if data.labels is None else data.labels[fold]
                 parts.append(self._drop([array[fold] for array in outputs], labels, [a[fold] for a in reference])[1])
         error = float(np.std(parts, ddof=1) / FOLDS**0.5) if len(parts) and np.isfinite(parts).all() else 0.0
-        most = drop + error if self.apart else drop
+        most = drop + error if self.fair else drop
         useful = min(self._above_guessing(value), self._kept_answers(outputs, reference))
         return Verdict(value, drop, self._loss(outputs, data.labels, reference), kept, error, most, useful)
 

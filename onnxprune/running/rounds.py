@@ -257,7 +257,7 @@ class Run(Context):
         from `--data` the uncut model may know by heart, and what is left of that in the repaired one counts for it
         there and nowhere else: then fine-tuning is undone only if it costs the round.
         """
-        if self.judge.apart or self.judge.evaluation.labels is None:
+        if self.judge.fair:
             return (tuned.drop, tuned.loss) <= (repaired.drop, repaired.loss)
         return self.allowed is None or tuned.most <= self.allowed or repaired.most > self.allowed
 
