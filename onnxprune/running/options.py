@@ -64,9 +64,9 @@ class RunOptions:
     the metric's scale, or for errors in their own unit; "2%" is relative to the uncut model's. Below `floor`, the share
     of what the uncut model has above guessing, nothing is handed over, unless `force` is set. `weigh` has weights of
     outputs in fidelity, by name. `round_to` None is automatic, `rounds`, `layers`, `epochs`, `batch` and `lr` None are
-    chosen by the run; `layers` is how many may go at most. `prior` is what `sensitivity` wrote. `moves` are what may move
-    the threshold; `controller`, `initial_tau` and `alpha` are of the published rules (`choosing/threshold.py`), and
-    `layer_norm` is by which norm of their weights layers go, in place of their prices.
+    chosen by the run; `layers` is how many may go at most. `prior` is what `sensitivity` wrote. `moves` are what may
+    move the threshold; `controller`, `initial_tau` and `alpha` are of the published rules (`choosing/threshold.py`),
+    and `layer_norm` is by which norm of their weights layers go, in place of their prices.
     `minutes` end the fine-tuning of all rounds together, `sparsify` is epochs before each cut in which what goes fades.
     `memory` bounds, in MB, what repair holds beside models and runtime; None is 2048. `quantize` makes the numbers of
     the result smaller, unless that costs more than may be lost.
