@@ -164,6 +164,15 @@ def test_prices_share_out_what_was_measured() -> None:
     assert np.allclose(unit_losses(units, 1000 * raw, curves)[np.isfinite(losses)], losses[np.isfinite(losses)])
 
 
+def test_what_was_lost_falls_to_units_that_were_thought_worthless() -> None:
+    units = units_of("digits_resnet")
+    group, raw = units.groups[0], score_units(units)
+    raw[group.units] = 0.0
+    losses = unit_losses(units, raw, {each.name: [0.2, 0.3] for each in units.groups})[group.units]
+    gone = len(group.units) - kept_at(group, TRIED[0])
+    assert np.sort(losses)[:gone].sum() == pytest.approx(0.2)
+
+
 def test_prices_spare_what_saves_little() -> None:
     """Of groups whose units lose the same, those go first that save most of what is asked for."""
     units = units_of("digits_resnet")

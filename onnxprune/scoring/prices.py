@@ -18,6 +18,7 @@ from onnxprune.scoring.score import Scores, rank
 TRIED = (0.5, 0.9)  # shares of a group's units that are removed to measure what that costs
 LEAST_LOSS = 1e-6  # of the spread of the outputs: less can't be told from rounding
 LEAST_SAVED = 1e-12
+LEAST_WORTH = 1e-9  # of the best unit's of a group, so that units of no worth, too, share what was measured
 
 
 def kept_at(group: Group, share: float) -> int:
@@ -47,7 +48,10 @@ def unit_losses(units: Units, raw: Scores, curves: Mapping[str, Sequence[float]]
 def _along(group: Group, raw: Scores, worth: Scores, curve: Sequence[float], factors: list[float]) -> Scores:
     """What was measured, shared out among the units in proportion to their worth."""
     order = np.argsort(raw[group.units], kind="stable")
-    ordered, found, start, lost, factor = worth[order], np.zeros(len(order)), 0, 0.0, 0.0
+    ordered = np.maximum(
+        worth[order], LEAST_WORTH * max(float(worth.max()), LEAST_SAVED)
+    )  # what is lost falls to somebody
+    found, start, lost, factor = np.zeros(len(order)), 0, 0.0, 0.0
     for share, loss in zip(TRIED, curve, strict=True):
         end = len(order) - kept_at(group, share)
         if end > start:
