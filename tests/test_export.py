@@ -51,7 +51,7 @@ def test_a_run_that_ends_with_smaller_numbers(tmp_path: Path) -> None:
     given = ("--data", MODELS / "digits.npz", "--eval-data", MODELS / "digits_test.npz", "--epochs", 0, "--json")
     words = ("--target-macs", 0.5, "--quantize", "int8")
     result = call("run", MODELS / "digits_resnet.onnx", "-o", "out.onnx", *words, *given, cwd=tmp_path)
-    assert result.status == 0 or result.json["target"]["slower"], result.err  # int8 is, without instructions for it
+    assert result.status == (5 if result.json["target"]["slower"] else 0), result.err  # int8 may be, on this machine
     assert result.json["pruned"]["size_bytes"] < 0.5 * result.json["baseline"]["size_bytes"]
     assert result.json["pruned"]["metric"]["value"] == pytest.approx(100 * accuracy(tmp_path / "out.onnx"), abs=0.2)
     assert "QuantizeLinear" in {node.op_type for node in open_model(tmp_path / "out.onnx").graph}

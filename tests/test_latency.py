@@ -131,11 +131,11 @@ def test_an_estimate_that_is_far_off_is_corrected(monkeypatch: pytest.MonkeyPatc
     """Where operators are thought to cost much however narrow they are, no cut seems to be fast enough."""
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path))
     write_json(cache_file(CPU, 1), replace(probe(threads=1), overhead=1e6).to_json())
-    options = RunOptions(target_latency=0.6, epochs=0, threads=1, layers=0, bench_seconds=0.2)
+    way = {"criterion": "flap", "scope": "gradual"}
+    options = RunOptions(target_latency=0.6, epochs=0, threads=1, layers=0, bench_seconds=0.2, **way)  # type: ignore[arg-type]
     report = onnxprune.run(MODELS / "digits_resnet.onnx", str(MODELS / "digits.npz"), output=tmp_path / "o.onnx",
                            options=options)  # fmt: skip
-    narrowest = sum(record["macs_share"] for record in report.rounds) <= 0.04  # one channel everywhere
-    assert not narrowest and not any("out of reach" in note for note in report.notes)
+    assert report.rounds[0]["macs_share"] > 0.1 and not any("out of reach" in note for note in report.notes)
 
 
 def test_a_target_latency_is_measured_and_reported(tmp_path: Path) -> None:

@@ -175,6 +175,21 @@ def test_layers_that_cost_too_much_stay(tmp_path: Path) -> None:
     assert report.target["drop"] <= 0.1
 
 
+def test_who_may_drop_layers_loses_no_more(tmp_path: Path) -> None:
+    """At the same share of the MACs, the transformer loses no more where layers may go with widths."""
+
+    def run(layers: int | None) -> onnxprune.Report:
+        options = onnxprune.RunOptions(target_macs=0.3, epochs=0, layers=layers, bench_seconds=0.1)
+        data = [str(MODELS / f"{name}.npz") for name in ("digits", "digits_test")]
+        out = tmp_path / f"{layers}.onnx"
+        return onnxprune.run(MODELS / "digits_vit.onnx", data[0], eval_data=data[1], output=out, options=options)
+
+    widths, both = run(0), run(None)
+    assert max(widths.pruned.macs, both.pruned.macs) <= 0.3 * both.baseline.macs
+    assert "with layers" not in " ".join(widths.contest) and "with layers" in " ".join(both.contest)
+    assert both.target["drop"] <= widths.target["drop"] < 4.07  # what it lost before layers and units had prices
+
+
 def test_layers_go_without_data_where_widths_may_not(tmp_path: Path) -> None:
     """What they lose is measured on inputs that were made up: here only dropped layers reach the target."""
     options = onnxprune.RunOptions(target_macs=0.7, layers="auto", keep=(Keep("*", 0.9),), bench_seconds=0.1)

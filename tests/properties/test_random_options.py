@@ -51,7 +51,7 @@ OTHERS = st.fixed_dictionaries(
 
 
 @needs_training
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(["digits_mlp", "digits_gru"]), ASKED, OTHERS, st.sampled_from(["labels", "input", ""]))
 def test_any_options(model: str, asked: dict[str, Any], others: dict[str, Any], data: str) -> None:
     """With labels, with inputs alone, or without data."""
