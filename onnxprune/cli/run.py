@@ -291,7 +291,7 @@ def _check_alone() -> None:
     ]
     if not {"--resume", "--run-dir"} <= set(given):
         raise UsageError("give a MODEL; or --resume and --run-dir FOLDER, to go on with the run of that folder")
-    if more := set(given) - {"--resume", "--run-dir", "--json"}:
+    if more := set(given) - {"--resume", "--run-dir", "--json", "-v"}:
         raise UsageError(f"{sorted(more)[0]}: a run is resumed by its folder alone, or by its whole command with MODEL")
 
 

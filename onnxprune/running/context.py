@@ -103,10 +103,14 @@ class Context:
 
     @cached_property
     def layers(self) -> int | Literal["auto"]:
-        """How many layers may be dropped; as many as pay where there is data to tell."""
+        """How many layers may be dropped: as many as pay, where there is data to tell, or time is what counts.
+
+        Of time they save most, and inputs that were made up tell of that, too.
+        """
         if self.options.layers is not None:
             return self.options.layers
-        return "auto" if self.judge.measured and self.options.prices else 0
+        told = self.judge.measured or (self.options.target_latency is not None and self.calibration is not None)
+        return "auto" if self.options.layer_norm is not None or (told and self.options.prices) else 0
 
     @cached_property
     def epochs(self) -> int:

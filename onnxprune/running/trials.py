@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.choosing.layers import check_norm, drop_layers, free_layers, layer_norms
+from onnxprune.choosing.layers import Layer, check_norm, drop_layers, free_layers, layer_norms
 from onnxprune.choosing.queue import Queue, priced_layers
 from onnxprune.choosing.select import Rounding, bounded, tau_for
 from onnxprune.cutting.cut import cut
@@ -190,9 +190,13 @@ def queue_of(
     losses = unit_losses(units, raw, curves)
     scores = bounded(units, unit_prices(units, losses, spending), options.keep, sizes)
     priced = priced_layers(units, layers, losses_of_layers(run, state, layers) if layers else {})
-    gone = len(state.plan.layers)
-    most = len(layers) if run.layers == "auto" else max(0, int(run.layers) - gone)
+    most = _most_layers(run, state, layers)
     return Queue(units, scores, run.rounding, losses, priced, spending, most, curves=curves)
+
+
+def _most_layers(run: Context, state: State, layers: Sequence[Layer]) -> int:
+    """How many of these layers may go, beside those that went already."""
+    return len(layers) if run.layers == "auto" else max(0, int(run.layers) - len(state.plan.layers))
 
 
 def _by_norm(run: Context, state: State, units: Units) -> dict[str, Any]:
@@ -201,9 +205,7 @@ def _by_norm(run: Context, state: State, units: Units) -> dict[str, Any]:
     norms = layer_norms(state.model, layers, order)
     priced = priced_layers(units, layers, dict.fromkeys(norms, 0.0))
     least = None if share is None else share * max(norms.values(), default=0.0)
-    asked = run.options.layers
-    most = asked - len(state.plan.layers) if isinstance(asked, int) else len(layers)
-    return {"layers": priced, "norms": norms, "least_norm": least, "most": most}
+    return {"layers": priced, "norms": norms, "least_norm": least, "most": _most_layers(run, state, layers)}
 
 
 def _raw_scores(run: Context, units: Units, criterion: str) -> NDArray[np.float64]:
