@@ -130,7 +130,7 @@ LAYERS_OPTION = click.option(
     type=Layers(),
     metavar="N|auto",
     help="Whole layers that go: prune drops this many, of the smallest weights; run at most so many, by what each was "
-    "measured to lose (auto: as many as serve).  [default: auto for run with data, else 0]",
+    "measured to lose (auto: as many as serve).  [default: auto for run with data or --target-latency, else 0]",
 )
 IMAGE_OPTIONS = [
     click.option("--mean", default="0", metavar="F[,F,F]", help="For folders of images: (pixels / 255 - mean) / std."),
